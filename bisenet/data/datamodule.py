@@ -1,0 +1,148 @@
+"""One LightningDataModule for every data set."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bisenet.classes import ClassTable
+from bisenet.config import AugmentConfig, DataConfig
+from bisenet.data import cityscapes, listed
+from bisenet.data.dataset import EvaluationSet, TrainingBatches, TrainingSet
+from bisenet.data.samples import Sample, check_headers, read_sample
+from bisenet.data.synthetic import write_synthetic
+
+_DECODED = 16  # samples of a split that are read before the first step; a second or two at the size of Cityscapes
+
+_HELP = {
+    "cityscapes": cityscapes.HELP,
+    "synthetic": "the scenes are written there by prepare_data()",
+    "camvid": listed.CAMVID_HELP,
+    "listed": listed.LISTED_HELP,
+}
+
+
+def list_samples(data: DataConfig, split: str) -> list[Sample]:
+    """The samples of a split in a fixed order. Every file exists; none has been opened.
+
+    Raises:
+        FileNotFoundError: the root, a list, an image or a label is missing; the message says what is expected.
+        ValueError: the split is unknown or empty, or a malformed list.
+    """
+    root = Path(data.root).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root: {root} is not a folder; {_HELP[data.format].format(split=split)}")
+    if data.format in ("cityscapes", "synthetic"):
+        return cityscapes.list_cityscapes(root, split)
+    if data.format == "camvid":
+        return listed.list_camvid(root, split, data.lists.get(split))
+    if split not in data.lists:
+        raise ValueError(f"data.lists: got no list for split {split!r}, accepted: {', '.join(sorted(data.lists))}")
+    return listed.list_file(root, root / data.lists[split])
+
+
+class SegmentationDataModule(L.LightningDataModule):
+    """Batches of a data set: ``{"image": uint8 (B, 3, H, W), "mask": uint8 (B, H, W)}``, evaluation also ``"index"``.
+
+    Training is an endless loader that starts at the trainer's current step (see :mod:`bisenet.data.dataset`).
+    Evaluation takes every picture once, whole, one per batch, in a fixed order, shared out over the ranks.
+
+    Args:
+        data: the data set.
+        augment: training augmentation.
+        seed: keys order and augmentation of the training samples.
+
+    Attributes:
+        table: the class table.
+
+    Raises:
+        ValueError: a mistake in the class table; with :meth:`setup` or the loaders, in the data set.
+    """
+
+    def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int) -> None:
+        super().__init__()
+        self.data = data
+        self.augment = augment
+        self.seed = seed
+        self.table = ClassTable.load(data.classes)
+        self._samples: dict[str, list[Sample]] = {}
+
+    def prepare_data(self) -> None:
+        """Write the scenes of the synthetic set, unless they are there."""
+        if self.data.format == "synthetic":
+            scenes = self.data.synthetic
+            counts = {"train": scenes.train, "val": scenes.val, "test": scenes.test}
+            size = (scenes.size[0], scenes.size[1])
+            write_synthetic(Path(self.data.root).expanduser(), counts=counts, size=size, seed=scenes.seed)
+
+    def setup(self, stage: str | None = None) -> None:
+        """List and check the splits of a stage; for ``fit`` all of them, since an evaluation follows the training."""
+        splits = {"validate": [self.data.val_split], "test": [self.data.report_split]}
+        for split in splits.get(stage or "", [self.data.train_split, self.data.val_split, self.data.report_split]):
+            self.samples(split)
+
+    def samples(self, split: str) -> list[Sample]:
+        """The samples of any split of the data set, checked: all headers, and a few files by reading them."""
+        if split not in self._samples:
+            samples = list_samples(self.data, split)
+            for sample in samples:
+                check_headers(sample)
+            for index in np.unique(np.linspace(0, len(samples) - 1, _DECODED).round().astype(int)):
+                read_sample(samples[index], self.table)
+            self._samples[split] = samples
+        return self._samples[split]
+
+    def picture(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """One sample of a split: image, RGB uint8 (H, W, 3), and mask, uint8 (H, W), of train ids."""
+        return read_sample(self.samples(split)[index], self.table)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Endless batches from the trainer's current step on; each rank gets its part."""
+        rank, world = self._rank()
+        samples = self.samples(self.data.train_split)
+        start = self.trainer.global_step * self.trainer.accumulate_grad_batches if self.trainer else 0
+        batches = TrainingBatches(len(samples), self.data.batch_size, self.seed, start=start, rank=rank, world=world)
+        return self._loader(TrainingSet(samples, self.table, self.augment, self.seed), batch_sampler=batches)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """``val_split``."""
+        return self.evaluation_dataloader(self.data.val_split)
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """``report_split``."""
+        return self.evaluation_dataloader(self.data.report_split)
+
+    def evaluation_dataloader(self, split: str) -> DataLoader[dict[str, Tensor]]:
+        """Any split, without augmentation."""
+        rank, world = self._rank()
+        samples = self.samples(split)
+        return self._loader(EvaluationSet(samples, self.table), sampler=range(rank, len(samples), world))
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, dataset: Dataset[dict[str, Tensor]], **sampling: Iterable[Any]) -> DataLoader[dict[str, Tensor]]:
+        workers = self.data.workers
+        cv2.setNumThreads(0)  # here: threads of OpenCV do not survive a fork, and contend with those of torch
+        return DataLoader(
+            dataset,
+            **sampling,  # type: ignore[arg-type]
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            worker_init_fn=_init_worker,
+            # Where it is safe to, fork: a spawned worker needs seconds to import what its parent has.
+            multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
+            generator=torch.Generator(),  # else each iterator takes a number from the generator that training uses
+        )
+
+
+def _init_worker(_: int) -> None:
+    cv2.setNumThreads(0)  # torch sets its own to 1

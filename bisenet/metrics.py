@@ -1,0 +1,176 @@
+"""Exact segmentation scores: integer counts per image and class, one confusion matrix, and what follows from them.
+
+IoU is the plain ratio of summed pixels, as in the official Cityscapes evaluation: pixels whose label is ignored count
+nowhere, and a class that occurs neither in the labels nor in the predictions is left out of the mean.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+
+class SegmentationScores(NamedTuple):
+    """Scores in [0, 1], NaN where undefined; C classes, n images. A tuple, since torchmetrics walks into results."""
+
+    confusion: NDArray[np.int64]
+    """(C, C) pixels: rows are the truth, columns the prediction."""
+    iou: NDArray[np.float64]
+    """(C,) true positives / (predicted or true); NaN: the class never occurs."""
+    precision: NDArray[np.float64]
+    """(C,) true positives / predicted; NaN: never predicted."""
+    recall: NDArray[np.float64]
+    """(C,) true positives / true; NaN: never true."""
+    f1: NDArray[np.float64]
+    """(C,) harmonic mean of precision and recall, 2 tp / (predicted + true); NaN: never occurs."""
+    absent: tuple[int, ...]
+    """Classes that occur neither in the truth nor in a prediction; left out of every mean."""
+    miou: float
+    """Mean of ``iou`` over the classes that occur."""
+    fw_iou: float
+    """Mean of ``iou`` weighted by the share of true pixels."""
+    pixel_accuracy: float
+    """Share of the valid pixels that are right."""
+    mean_accuracy: float
+    """Mean of ``recall`` over the classes that are true somewhere."""
+    image_index: NDArray[np.int64]
+    """(n,) index of each image in its data set, ascending."""
+    per_image: NDArray[np.int64]
+    """(n, 3, C) pixels of each image: true positives, predicted, true."""
+
+    @property
+    def n_images(self) -> int:
+        """Number of images counted."""
+        return len(self.image_index)
+
+    def to_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        """Plain Python, ready for JSON (NaN becomes None): the means and, under "classes", each class by its name."""
+        if len(names) != len(self.iou):
+            raise ValueError(f"names: got {len(names)}, accepted: one for each of the {len(self.iou)} classes")
+        means = {key: _plain(getattr(self, key)) for key in ("miou", "fw_iou", "pixel_accuracy", "mean_accuracy")}
+        columns = {key: getattr(self, key).tolist() for key in ("iou", "precision", "recall", "f1")}
+        columns["pixels"] = self.confusion.sum(1).tolist()
+        table = {name: {key: _plain(column[c]) for key, column in columns.items()} for c, name in enumerate(names)}
+        return means | {"n_images": self.n_images, "absent": [names[c] for c in self.absent], "classes": table}
+
+
+class SegmentationMetric(Metric):
+    """Counts pixels over images, batches and ranks; every image must be counted exactly once.
+
+    Counts are int64 and therefore do not depend on the order of images or the number of ranks. Memory: one (C, C)
+    matrix and 3 C + 1 numbers for each image. Images are known by their index in the data set. A sampler that pads
+    so that all ranks see equally many would count some images twice, which shows in the indices: :meth:`compute`
+    then refuses, rather than report a number that depends on the number of ranks.
+
+    Args:
+        num_classes: C; labels and predictions are in [0, C).
+        ignore_index: label of the pixels that do not count.
+        **kwargs: passed to ``torchmetrics.Metric``.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    confusion: Tensor
+    images: list[Tensor]
+
+    def __init__(self, num_classes: int, ignore_index: int = 255, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if 0 <= ignore_index < num_classes:
+            raise ValueError(
+                f"ignore_index: got {ignore_index}, accepted: a value outside the classes 0 to {num_classes - 1}"
+            )
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("images", [], dist_reduce_fx="cat")  # (B, 1 + 3 C): index, true positives, predicted, true
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all images."""
+        super().reset()
+        # Never empty: a rank without images would otherwise send a float vector to ranks that expect int64 rows.
+        self.images = [self.confusion.new_empty(0, 1 + 3 * self.num_classes)]
+
+    def update(self, prediction: Tensor, target: Tensor, index: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            prediction: integer (B, H, W), classes.
+            target: uint8 or int64 (B, H, W), classes or ``ignore_index``.
+            index: integer (B,), which image of the data set each one is.
+
+        Raises:
+            ValueError: shapes that differ, or values that are neither a class nor (in ``target``) ``ignore_index``.
+        """
+        if prediction.shape != target.shape or target.ndim != 3 or index.shape != target.shape[:1]:
+            shapes = " ".join(str(tuple(t.shape)) for t in (prediction, target, index))
+            raise ValueError(f"prediction, target, index: got {shapes}, accepted: (B, H, W) (B, H, W) (B,)")
+        n, classes = len(target), self.num_classes
+        prediction, target = prediction.long(), target.long()
+        ignored = target == self.ignore_index
+        self._require_classes("prediction", prediction)
+        self._require_classes("target", target.masked_fill(ignored, 0))
+
+        # One bin per image, truth and prediction, and a last one for all that is ignored.
+        image = torch.arange(n, device=target.device).view(-1, 1, 1)
+        cell = ((image * classes + target) * classes + prediction).masked_fill_(ignored, n * classes**2)
+        counts = torch.bincount(cell.flatten(), minlength=n * classes**2 + 1)[:-1].view(n, classes, classes)
+        rows = [index[:, None].to(counts), counts.diagonal(dim1=1, dim2=2), counts.sum(1), counts.sum(2)]
+        self.confusion += counts.sum(0)
+        self.images.append(torch.cat(rows, dim=1))
+
+    def _require_classes(self, what: str, values: Tensor) -> None:
+        if values.numel() and (values.amin() < 0 or values.amax() >= self.num_classes):
+            unknown = values[(values < 0) | (values >= self.num_classes)].unique().tolist()
+            also = f" and ignore_index {self.ignore_index}" if what == "target" else ""
+            raise ValueError(f"{what} holds {unknown}; accepted are the classes 0 to {self.num_classes - 1}{also}")
+
+    def compute(self) -> SegmentationScores:
+        """Scores of all images counted so far, on all ranks.
+
+        Raises:
+            ValueError: an image was counted more than once.
+        """
+        rows = dim_zero_cat(self.images).cpu().numpy()
+        rows = rows[rows[:, 0].argsort()]
+        index, times = np.unique(rows[:, 0], return_counts=True)
+        if (times > 1).any():
+            raise ValueError(
+                f"images {index[times > 1].tolist()} were counted more than once; accepted: a sampler that gives every "
+                "image to one rank, once, without padding"
+            )
+        confusion = self.confusion.cpu().numpy()
+        tp, predicted, true = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
+        iou, recall = _ratio(tp, predicted + true - tp), _ratio(tp, true)
+        return SegmentationScores(
+            confusion=confusion,
+            iou=iou,
+            precision=_ratio(tp, predicted),
+            recall=recall,
+            f1=_ratio(2 * tp, predicted + true),
+            absent=tuple(np.flatnonzero(np.isnan(iou)).tolist()),
+            miou=_mean(iou),
+            fw_iou=float(_ratio((true * np.nan_to_num(iou)).sum(), true.sum())),
+            pixel_accuracy=float(_ratio(tp.sum(), true.sum())),
+            mean_accuracy=_mean(recall),
+            image_index=index,
+            per_image=rows[:, 1:].reshape(-1, 3, self.num_classes),
+        )
+
+
+def _ratio(part: Any, whole: Any) -> Any:
+    """Elementwise quotient in float64, NaN where there is nothing."""
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+
+
+def _plain(value: float | int) -> float | int | None:
+    return None if value != value else value

@@ -1,0 +1,102 @@
+"""The LightningModule: glue around any network. It knows no architecture, no data set and no configuration."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from bisenet import checkpoint
+from bisenet.inference import Segmenter
+from bisenet.losses import DeepSupervision
+from bisenet.metrics import SegmentationMetric, SegmentationScores
+
+OptimizerFactory = Callable[[nn.Module], tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]
+
+
+class SegmentationModule(LightningModule):
+    """Calls the network, the loss, the metric and the optimizer that it is given, and logs.
+
+    Logged: ``train/loss``, ``train/loss/<head>``, ``train/kept/<head>`` (share of the pixels that the loss keeps),
+    ``lr/<group>``, ``val/<protocol>/miou``.
+
+    Args:
+        segmenter: network, normalisation, protocol and class table.
+        loss: loss over all heads.
+        optimizer: called with the network, gives optimizer and scheduler (stepped every step).
+        config: plain values that a checkpoint carries.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        loss: DeepSupervision,
+        optimizer: OptimizerFactory,
+        config: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+        self.loss = loss
+        self.optimizer_factory = optimizer
+        self.config = config
+        self.metric = SegmentationMetric(segmenter.classes.num_classes, ignore_index=segmenter.classes.ignore_index)
+        self.scores: SegmentationScores | None = None
+        """Scores of the last evaluation that ended."""
+
+    @property
+    def miou_key(self) -> str:
+        """Name of the validation score; the protocol is part of it."""
+        return f"val/{self.segmenter.protocol.name}/miou"
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        """One batch: image (B, 3, H, W) uint8, mask (B, H, W) uint8 -> loss."""
+        network = self.segmenter.network
+        output = network(self.segmenter.normalize(batch["image"]))
+        loss = self.loss(output, batch["mask"], align_corners=bool(network.align_corners))
+        names: tuple[str, ...] = network.head_names  # type: ignore[assignment]
+        scalars: dict[str, Any] = {"train/loss": loss.total}
+        scalars |= {f"train/loss/{name}": value for name, value in zip(names, loss.heads, strict=True)}
+        pixels = batch["mask"].numel()
+        scalars |= {f"train/kept/{name}": kept / pixels for name, kept in zip(names, loss.kept, strict=True)}
+        scalars |= {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
+        self.log_dict(scalars)
+        return loss.total
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop a run that cannot recover, at the steps that read the loss anyway."""
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0 and not torch.isfinite(outputs["loss"]):  # type: ignore[attr-defined]
+            raise FloatingPointError(
+                f"the loss is {outputs['loss'].item()} at step {self.global_step}: lower optimizer.algorithm.lr, "
+                "lengthen scheduler.warmup_steps, or use precision=fp32"
+            )
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted validation may have counted."""
+        self.metric.reset()
+
+    def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
+        """Predict under the protocol and count."""
+        self.metric.update(self.segmenter(batch["image"]), batch["mask"], batch["index"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Reduce the counts to scores."""
+        self.scores = self.metric.compute()
+        self.log(self.miou_key, self.scores.miou)
+
+    # A test is the same evaluation on another split; its numbers are reported by the caller, under the split's name.
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        """Reduce the counts to scores."""
+        self.scores = self.metric.compute()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Parameter groups, and a scheduler that steps with the optimizer."""
+        optimizer, scheduler = self.optimizer_factory(self.segmenter.network)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint_: dict[str, Any]) -> None:
+        """A checkpoint explains itself: configuration and class table travel with the weights."""
+        checkpoint.attach(checkpoint_, self.config, self.segmenter.classes)

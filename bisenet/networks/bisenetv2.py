@@ -1,0 +1,280 @@
+"""BiSeNetV2: a detail branch, a semantic branch and their guided aggregation (arXiv 2004.02147, sections 3 and 4).
+
+Submodules are named as in the reference, github.com/CoinCheung/BiSeNet, whose checkpoints of both generations load.
+
+Shapes: B images of H x W pixels, n = n_classes, w = width_multiplier; sizes at a stride round up.
+
+Departs: some parts follow the reference rather than the paper, so that its weights load: a ReLU after the depthwise
+convolutions of the gather-and-expansion layers, a norm and a ReLU in the last layer of the context embedding, a ReLU
+after the aggregation; in the generation `current`, nearest upsampling in the aggregation, and a nearest x2 with a 3x3
+layer in the booster heads.
+Departs: the paper gives BiSeNetV2-Large a width multiplier of 2 and a depth multiplier of 3 and leaves open what the
+second one multiplies. Here width scales every channel count of both branches and of the aggregation, not the inner
+width of the heads; depth multiplies the repeats of the stride 1 gather-and-expansion layers (1, 1 and 3 in stages 3, 4
+and 5), because the paper wants the semantic branch deep and the detail branch shallow. At 1024 x 2048 and 19 classes
+that makes 332.3 GMACs, against 98.4 of the plain network.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bisenet.networks.blocks import ConvNormAct, Generation, SegmentationNetwork, pool_globally, require_choice
+
+EXPANSION = 6
+"""Channels inside a gather-and-expansion layer per channel of its input (section 5.1)."""
+
+
+def conv_norm(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, depthwise: bool = False
+) -> list[nn.Module]:
+    """Return a convolution without bias and its norm, as items of a Sequential."""
+    groups = in_channels if depthwise else 1
+    padding = kernel_size // 2
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(out_channels)]
+
+
+class DetailBranch(nn.Sequential):
+    """Wide and shallow (section 4.1): image (B, 3, H, W) -> (B, 128w, H/8, W/8)."""
+
+    def __init__(self, wide: int, wider: int) -> None:
+        super().__init__()
+        self.S1 = nn.Sequential(
+            ConvNormAct(3, wide, 3, stride=2),
+            ConvNormAct(wide, wide, 3),
+        )
+        self.S2 = nn.Sequential(
+            ConvNormAct(wide, wide, 3, stride=2),
+            ConvNormAct(wide, wide, 3),
+            ConvNormAct(wide, wide, 3),
+        )
+        self.S3 = nn.Sequential(
+            ConvNormAct(wide, wider, 3, stride=2),
+            ConvNormAct(wider, wider, 3),
+            ConvNormAct(wider, wider, 3),
+        )
+
+
+class Stem(nn.Module):
+    """Shrink fast in two ways and join them (figure 4a): image (B, 3, H, W) -> (B, channels, H/4, W/4)."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.conv = ConvNormAct(3, channels, 3, stride=2)
+        self.left = nn.Sequential(
+            ConvNormAct(channels, squeezed, 1),
+            ConvNormAct(squeezed, channels, 3, stride=2),
+        )
+        self.right = nn.MaxPool2d(3, stride=2, padding=1)
+        self.fuse = ConvNormAct(2 * channels, channels, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the feature at stride 4."""
+        x = self.conv(image)  # (B, channels, H/2, W/2)
+        return self.fuse(torch.cat([self.left(x), self.right(x)], dim=1))
+
+
+class GatherExpand(nn.Module):
+    """Gather-and-expansion layer (figure 5b): gather, expand depthwise, project; (B, channels, h, w) stays as it is."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        expanded = EXPANSION * channels
+        self.conv1 = ConvNormAct(channels, channels, 3)
+        self.dwconv = nn.Sequential(*conv_norm(channels, expanded, 3, depthwise=True), nn.ReLU(inplace=True))
+        self.conv2 = nn.Sequential(*conv_norm(expanded, channels, 1))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the residual."""
+        return self.relu(x + self.conv2(self.dwconv(self.conv1(x))))
+
+
+class GatherExpandDown(nn.Module):
+    """The same with stride 2 (figure 5c): (B, in_channels, h, w) -> (B, out_channels, h/2, w/2)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        expanded = EXPANSION * in_channels
+        self.conv1 = ConvNormAct(in_channels, in_channels, 3)
+        self.dwconv1 = nn.Sequential(*conv_norm(in_channels, expanded, 3, stride=2, depthwise=True))
+        self.dwconv2 = nn.Sequential(*conv_norm(expanded, expanded, 3, depthwise=True), nn.ReLU(inplace=True))
+        self.conv2 = nn.Sequential(*conv_norm(expanded, out_channels, 1))
+        self.shortcut = nn.Sequential(
+            *conv_norm(in_channels, in_channels, 3, stride=2, depthwise=True), *conv_norm(in_channels, out_channels, 1)
+        )
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the residual to the shrunken input."""
+        return self.relu(self.shortcut(x) + self.conv2(self.dwconv2(self.dwconv1(self.conv1(x)))))
+
+
+class ContextEmbedding(nn.Module):
+    """Add the global context to every pixel (figure 4b): (B, channels, h, w) stays as it is."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+        self.conv_gap = ConvNormAct(channels, channels, 1)
+        self.conv_last = ConvNormAct(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the embedded feature."""
+        context = pool_globally(x, self.bn)  # (B, channels, 1, 1)
+        context = self.conv_gap(self.bn(context))
+        return self.conv_last(x + context)
+
+
+class SemanticBranch(nn.Module):
+    """Narrow and deep (section 4.2): image (B, 3, H, W) -> one feature per stage, the last with the global context."""
+
+    def __init__(self, channels: tuple[int, int, int, int], squeezed: int, depth_multiplier: int) -> None:
+        super().__init__()
+
+        def stage(in_channels: int, out_channels: int, repeats: int) -> nn.Sequential:
+            layers = [GatherExpand(out_channels) for _ in range(repeats * depth_multiplier)]
+            return nn.Sequential(GatherExpandDown(in_channels, out_channels), *layers)
+
+        c2, c3, c4, c5 = channels
+        self.S1S2 = Stem(c2, squeezed)
+        self.S3 = stage(c2, c3, repeats=1)
+        self.S4 = stage(c3, c4, repeats=1)
+        self.S5_4 = stage(c4, c5, repeats=3)
+        self.S5_5 = ContextEmbedding(c5)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the features at strides 4, 8, 16, 32, and 32 with context."""
+        feature2 = self.S1S2(image)  # (B, 16w, H/4, W/4)
+        feature3 = self.S3(feature2)  # (B, 32w, H/8, W/8)
+        feature4 = self.S4(feature3)  # (B, 64w, H/16, W/16)
+        feature5 = self.S5_4(feature4)  # (B, 128w, H/32, W/32)
+        return feature2, feature3, feature4, feature5, self.S5_5(feature5)
+
+
+class GuidedAggregation(nn.Module):
+    """Each branch gates the other, at both scales (section 4.3): detail at stride 8, semantic at 32 -> stride 8."""
+
+    def __init__(self, channels: int, generation: Generation) -> None:
+        super().__init__()
+
+        def separable() -> nn.Sequential:
+            pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+            return nn.Sequential(*conv_norm(channels, channels, 3, depthwise=True), pointwise)
+
+        self.left1 = separable()
+        self.left2 = nn.Sequential(*conv_norm(channels, channels, 3, stride=2), nn.AvgPool2d(3, stride=2, padding=1))
+        self.right1 = nn.Sequential(*conv_norm(channels, channels, 3))
+        self.right2 = separable()
+        self.conv = nn.Sequential(*conv_norm(channels, channels, 3), nn.ReLU(inplace=True))
+        older = partial(F.interpolate, mode="bilinear", align_corners=True)
+        self.resize = older if generation == "older" else partial(F.interpolate, mode="nearest")
+
+    def forward(self, detail: Tensor, semantic: Tensor) -> Tensor:
+        """Map (B, 128w, H/8, W/8) and (B, 128w, H/32, W/32) to (B, 128w, H/8, W/8)."""
+        size = detail.shape[2:]
+        fine = self.left1(detail) * self.resize(self.right1(semantic), size).sigmoid()  # (B, 128w, H/8, W/8)
+        coarse = self.left2(detail) * self.right2(semantic).sigmoid()  # (B, 128w, H/32, W/32)
+        return self.conv(fine + self.resize(coarse, size))
+
+
+class Head(nn.Module):
+    """A 3x3 layer, dropout and the classifier: (B, in_channels, h, w) -> logits (B, n, h, w).
+
+    A booster head of the generation `current` reads a feature of stride `booster_stride`, doubles it to (2h, 2w) and
+    gives it as many channels as that stride squared before it classifies.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        n_classes: int,
+        generation: Generation,
+        booster_stride: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = ConvNormAct(in_channels, mid_channels, 3)
+        self.drop = nn.Dropout(0.1)
+        if generation == "older":
+            self.conv_out = nn.Conv2d(mid_channels, n_classes, 1)
+        elif booster_stride is None:
+            self.conv_out = nn.Sequential(nn.Identity(), nn.Conv2d(mid_channels, n_classes, 1))
+        else:
+            widened = booster_stride**2
+            double = nn.Sequential(nn.Upsample(scale_factor=2), ConvNormAct(mid_channels, widened, 3))
+            self.conv_out = nn.Sequential(double, nn.Conv2d(widened, n_classes, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.conv_out(self.drop(self.conv(x)))
+
+
+class BiSeNetV2(SegmentationNetwork):
+    """BiSeNetV2 with its four booster heads, and its large version.
+
+    - `n_classes`: channels of the logits.
+    - `width_multiplier`: scales the channels of both branches and the aggregation; at least 0.125.
+    - `depth_multiplier`: scales the number of stride 1 gather-and-expansion layers; a whole number of at least 1.
+    - `generation`: `older` aggregates bilinearly, has plain booster heads, and `align_corners` throughout.
+    - `aux`: whether the booster heads exist.
+
+    The main head has stride 8; aux2, aux3, aux4 and aux5_4 have strides 2, 4, 8 and 16 (`older`: 4, 8, 16 and 32).
+    Raises ValueError for an argument outside these ranges.
+    """
+
+    def __init__(
+        self,
+        n_classes: int,
+        *,
+        width_multiplier: float = 1.0,
+        depth_multiplier: int = 1,
+        generation: Generation = "current",
+        aux: bool = True,
+    ) -> None:
+        super().__init__()
+        require_choice("generation", generation, Generation)
+        if width_multiplier < 1 / 8:
+            raise ValueError(f"width_multiplier={width_multiplier}: expected at least 0.125")
+        if depth_multiplier < 1 or depth_multiplier != int(depth_multiplier):
+            raise ValueError(f"depth_multiplier={depth_multiplier}: expected a whole number of at least 1")
+        self.align_corners = generation == "older"
+        self.head_names = ("head", "aux2", "aux3", "aux4", "aux5_4") if aux else ("head",)
+
+        c8, c16, c32, c64, c128 = (round(width_multiplier * channels) for channels in (8, 16, 32, 64, 128))
+        self.detail = DetailBranch(c64, c128)
+        self.segment = SemanticBranch((c16, c32, c64, c128), c8, int(depth_multiplier))
+        self.bga = GuidedAggregation(c128, generation)
+        self.head = Head(c128, 1024, n_classes, generation)
+        if aux:
+            self.aux2 = Head(c16, 128, n_classes, generation, booster_stride=4)
+            self.aux3 = Head(c32, 128, n_classes, generation, booster_stride=8)
+            self.aux4 = Head(c64, 128, n_classes, generation, booster_stride=16)
+            self.aux5_4 = Head(c128, 128, n_classes, generation, booster_stride=32)
+        initialise(self)
+
+    def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Map a normalised image (B, 3, H, W) to the feature maps of the five heads."""
+        *stages, semantic = self.segment(image)
+        return self.bga(self.detail(image), semantic), *stages
+
+
+def initialise(network: BiSeNetV2) -> None:
+    """Set all weights (section 5: "kaiming normal"); a fresh gather-and-expansion layer passes its shortcut on.
+
+    | layer                                  | weight                                            | bias |
+    |----------------------------------------|---------------------------------------------------|------|
+    | convolutions                           | normal, variance 2 / fan_out, groups not counted  | 0    |
+    | last norm of gather-and-expansion      | 0                                                 | 0    |
+    | other norms                            | 1                                                 | 0    |
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, GatherExpand | GatherExpandDown):
+            nn.init.zeros_(module.conv2.get_parameter("1.weight"))

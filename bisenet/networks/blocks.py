@@ -1,0 +1,137 @@
+"""What both families are made of: the output type, the frame of a network, convolution + norm + activation.
+
+Shapes: B images of H x W pixels, C channels, feature maps of h x w. H/8 stands for the height at stride 8, which is
+rounded up: every layer with stride 2 makes ceil(h / 2) of h.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Generation = Literal["current", "older"]
+"""Which published code a network repeats: `current`, or `older` (2018 to 2020)."""
+
+Norm = Literal["bn", "inplace_abn"]
+"""`bn`: batch norm and ReLU. `inplace_abn`: what InPlaceABN computes, |weight| + eps as scale and leaky ReLU 0.01."""
+
+
+class SegmentationOutput(NamedTuple):
+    """Logits (B, n_classes, H/s, W/s) of every head, each at the stride s of its head."""
+
+    logits: Tensor
+    """The main head."""
+    aux: tuple[Tensor, ...]
+    """The auxiliary heads; () in eval mode and of a network without them."""
+
+
+def require_choice(argument: str, value: str, choices: object) -> None:
+    """Raise ValueError unless `value`, given as `argument`, is one of the strings of the Literal `choices`."""
+    if value not in get_args(choices):
+        raise ValueError(f"{argument}={value!r}: expected one of {', '.join(get_args(choices))}")
+
+
+class SegmentationNetwork(nn.Module):
+    """A network whose heads sit on feature maps: `head_names[i]` is the submodule that reads `features(image)[i]`."""
+
+    head_names: tuple[str, ...]
+    """Main head first, then the auxiliary ones, in the order of the outputs."""
+    align_corners: bool
+    """How the logits are to be upsampled bilinearly to the size of the image."""
+
+    def features(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Map a normalised image (B, 3, H, W) to the feature maps that the heads read, the main head's first."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor) -> SegmentationOutput:
+        """Map a normalised image (B, 3, H, W), H and W at least 64, to logits.
+
+        Raises ValueError on a batch of one in training where batch norm would see one value per channel.
+        """
+        heads = self.head_names if self.training else self.head_names[:1]
+        features = self.features(image)[: len(heads)]
+        logits, *aux = [getattr(self, head)(feature) for head, feature in zip(heads, features, strict=True)]
+        return SegmentationOutput(logits, tuple(aux))
+
+
+class PositiveBatchNorm(nn.Module):
+    """The batch norm of InPlaceABN (arXiv 1712.02616): (B, C, h, w) scaled by |weight| + eps, which is never negative.
+
+    Its state dict has the names of InPlaceABN: weight, bias, running_mean, running_var. The statistics live in a batch
+    norm of their own, so that `SyncBatchNorm.convert_sync_batchnorm` replaces that one and the rule for the scale
+    survives.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.statistics = nn.BatchNorm2d(channels, affine=False)
+        self.register_state_dict_post_hook(_flatten_statistics)
+        self.register_load_state_dict_pre_hook(_nest_statistics)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise, scale and shift."""
+        scale = self.weight.abs() + self.statistics.eps
+        return torch.addcmul(self.bias[:, None, None], self.statistics(x), scale[:, None, None])
+
+
+def _flatten_statistics(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    state.pop(f"{prefix}statistics.num_batches_tracked")
+    for name in ("running_mean", "running_var"):
+        state[f"{prefix}{name}"] = state.pop(f"{prefix}statistics.{name}")
+
+
+def _nest_statistics(_module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    # Only a norm without momentum reads the number of batches, so that any will do.
+    state[f"{prefix}statistics.num_batches_tracked"] = torch.tensor(0)
+    for name in ("running_mean", "running_var"):
+        if f"{prefix}{name}" in state:
+            state[f"{prefix}statistics.{name}"] = state.pop(f"{prefix}{name}")
+
+
+def make_norm(norm: Norm, channels: int) -> nn.Module:
+    """Return the norm layer alone, as it stands where no activation follows."""
+    return PositiveBatchNorm(channels) if norm == "inplace_abn" else nn.BatchNorm2d(channels)
+
+
+def make_activation(norm: Norm) -> nn.Module:
+    """Return the activation that follows a norm of this kind."""
+    return nn.LeakyReLU(0.01, inplace=True) if norm == "inplace_abn" else nn.ReLU(inplace=True)
+
+
+class ConvNormAct(nn.Module):
+    """Convolution without bias, norm, activation: (B, in_channels, h, w) -> (B, out_channels, h/stride, w/stride)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, norm: Norm = "bn"
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+        self.bn = make_norm(norm, out_channels)
+        self.act = make_activation(norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve, normalise, activate."""
+        return self.act(self.bn(self.conv(x)))
+
+
+def pool_globally(x: Tensor, norm: nn.Module | None) -> Tensor:
+    """Average (B, C, h, w) over its pixels to (B, C, 1, 1), which `norm`, a layer or a block with a norm, sees next.
+
+    Raises ValueError where that norm has to estimate a variance from a batch of one. A SyncBatchNorm sees the images of
+    the other devices too, a norm in eval mode estimates nothing, and None normalises nothing.
+    """
+    estimates = norm is not None and any(isinstance(m, nn.BatchNorm2d) and m.training for m in norm.modules())
+    if estimates and x.shape[0] == 1:
+        raise ValueError(
+            "a batch of 1 image in training: after global pooling, batch norm sees one value per channel, which has no "
+            "variance. Accepted: at least 2 images per device, synchronised batch norm, or norm layers in eval mode"
+        )
+    return x.mean((2, 3), keepdim=True)
+
+
+def resize_nearest(x: Tensor, like: Tensor) -> Tensor:
+    """Resize (B, C, h, w) to the height and width of `like`."""
+    return F.interpolate(x, like.shape[2:], mode="nearest")

@@ -1,0 +1,218 @@
+"""Pixel losses on logits at the heads' own stride: bilinear upsampling, cross entropy and hard example mining in one.
+
+The heads answer at stride 2 to 16 and the labels have full size, so the upsampling is part of the loss: it need never
+exist as a whole. Online hard example mining (arXiv 1604.03540), here over pixels, averages only the pixels that the
+network still gets wrong, and at least a given number of them.
+
+Shapes: N images, C classes, (h, w) the size of a head, (H, W) the size of the labels.
+"""
+
+import math
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
+from torch.autograd.function import once_differentiable
+
+NORMALIZERS = ("kept", "at_least_n_min")
+
+_TILE = 64
+"""Side of the square of full-size pixels upsampled at a time on the CPU: 19 classes of it stay in the L2 cache."""
+
+
+def ohem_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    threshold: float,
+    min_kept: float | int,
+    normalizer: str,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy over the hard pixels of a batch.
+
+    A pixel is valid when its label is not ``ignore_index``, and hard when the probability of its label is below
+    ``threshold``. If fewer than n_min pixels are hard, the n_min valid ones with the largest losses are kept instead;
+    pixels that tie for the last places share the remaining weight equally, so that value and gradient are
+    deterministic.
+
+    Args:
+        logits: float32, float16, bfloat16 (computed in float32) or float64 (N, C, h, w), upsampled bilinearly to
+            (H, W) unless they have that size.
+        target: uint8 or int64 (N, H, W), class in [0, C) or ``ignore_index``.
+        threshold: probability in (0, 1].
+        min_kept: n_min: a float in [0, 1] is a fraction of the valid pixels, rounded down (1/16: ``valid // 16``);
+            an int is a count, of which no more can be kept than are valid.
+        normalizer: divide by the number ``kept``, or by ``at_least_n_min`` = max(kept, n_min), n_min as asked for.
+        ignore_index: label of pixels without a class; may lie outside the range of ``target``'s dtype.
+        align_corners: as in ``torch.nn.functional.interpolate``.
+
+    Returns:
+        The loss (float32, or float64 for float64 logits) and the number of pixels kept (int64), both 0-d. Nothing
+        kept (an empty batch, all ignored, nothing hard and n_min 0): loss 0 with gradient 0. A NaN anywhere in the
+        logits makes the loss NaN. Infinite logits are followed where nothing is upsampled (a class at -inf has
+        probability 0) and otherwise give infinity or NaN.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit; on the CPU, labels that are neither a class nor
+            ``ignore_index``. On other devices these make the loss NaN, since raising would stall the device.
+    """
+    on_host = logits.device.type == "cpu"
+    losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, on_host)
+    n_min = _n_min(valid, min_kept)
+    total, kept = _sum_of_hardest(losses, -math.log(threshold), torch.minimum(n_min, valid), on_host)
+    return _mean(total, kept if normalizer == "kept" else torch.maximum(kept, n_min), logits), kept
+
+
+def cross_entropy(logits: Tensor, target: Tensor, *, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy over the valid pixels, and their number: :func:`ohem_cross_entropy` that keeps them all."""
+    losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, logits.device.type == "cpu")
+    return _mean(losses.sum(), valid, logits), valid
+
+
+def _mean(total: Tensor, count: Tensor, logits: Tensor) -> Tensor:
+    """``total / count``, 0 when nothing counts, NaN when a logit is (though it may touch ignored pixels only)."""
+    if logits.numel():
+        total = total * torch.where(logits.detach().amax().isnan(), math.nan, 1.0)
+    return total / count.clamp(min=1)
+
+
+def _n_min(valid: Tensor, min_kept: float | int) -> Tensor:
+    if isinstance(min_kept, int):
+        return torch.full_like(valid, min_kept)
+    fraction = Fraction(min_kept).limit_denominator(10**9)  # exact in integers: 0.29 of 100 is 29, in float 28
+    return valid * fraction.numerator // fraction.denominator
+
+
+def _sum_of_hardest(losses: Tensor, threshold: float, n_min: Tensor, on_host: bool) -> tuple[Tensor, Tensor]:
+    """Sum the losses above ``threshold``, or the ``n_min`` largest where fewer are above, and count the summands.
+
+    Away from the host nothing is read back from the device: both cases are computed and one is chosen there.
+    """
+    hard = F.threshold(losses, threshold, 0.0)  # zeroes what is <= threshold, and therefore lets a NaN through
+    n_hard = hard.count_nonzero()
+    if losses.numel() == 0 or (on_host and n_hard >= n_min):
+        return hard.sum(), n_hard
+
+    flat = losses.detach().flatten()
+    if on_host:
+        nth_largest = flat.kthvalue(flat.numel() - int(n_min) + 1).values
+    else:
+        nth_largest = flat.sort(descending=True).values.gather(0, (n_min - 1).clamp(min=0).view(1))[0]
+    too_few = n_hard < n_min
+    cut = torch.where(too_few, nth_largest, threshold)
+    above = ~(losses <= cut)
+    at_cut = losses == cut
+    share = torch.where(too_few, (n_min - above.sum()).to(losses.dtype) / at_cut.sum(), 0.0)
+    total = torch.where(above, losses, 0.0).sum() + share * torch.where(at_cut, losses, 0.0).sum()
+    return total, torch.where(too_few, n_min, n_hard)
+
+
+def _pixel_losses(
+    logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool, on_host: bool
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of every pixel (N, H, W), 0 where ignored, and the number of valid pixels (0-d int64)."""
+    if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not fit together; "
+            "accepted are (N, C, h, w) and (N, H, W)"
+        )
+    if target.dtype not in (torch.uint8, torch.int64):
+        raise ValueError(f"target has dtype {target.dtype}; accepted are torch.uint8 and torch.int64")
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    classes = logits.shape[1]
+    if not 0 <= ignore_index < 256 or classes > 256:
+        target = target.long()  # a comparison in uint8 would wrap these numbers
+    ignored = target == ignore_index
+    unknown = ~ignored & ((target < 0) | (target > classes - 1))
+    if on_host and unknown.any():
+        ids = target[unknown].unique().tolist()
+        raise ValueError(
+            f"target holds {ids}; accepted are the classes 0 to {classes - 1} and the ignore_index {ignore_index}"
+        )
+    labels = target.masked_fill(ignored | unknown, 0)
+
+    full_size = target.shape[-2:]
+    if on_host and logits.shape[-2:] != full_size:
+        losses = cast(Tensor, _TiledCrossEntropy.apply(logits, labels, align_corners))
+    else:
+        if logits.shape[-2:] != full_size:
+            logits = F.interpolate(logits, full_size, mode="bilinear", align_corners=align_corners)
+        losses = F.cross_entropy(logits, labels.long(), reduction="none")
+    if not on_host:
+        losses = losses * torch.ones_like(losses).masked_fill(unknown, math.nan)
+    return losses.masked_fill(ignored, 0.0), ignored.numel() - ignored.count_nonzero()
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    """Cross entropy of bilinearly upsampled logits for the CPU, one small tile at a time, recomputed backward.
+
+    Tiles stay in cache, which is faster than upsampling the whole although it is done twice, and no tensor as large as
+    the full-size logits is made. Tiles without gradient (nothing hard in them) are skipped.
+    """
+
+    @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # keeps autocast away from the matrix products
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        sizes = zip(logits.shape[2:], labels.shape[1:], strict=True)
+        ctx.spans = [_spans(*size, align_corners, logits.dtype) for size in sizes]
+        losses = logits.new_empty(labels.shape)
+        for n in range(len(logits)):
+            for rows in ctx.spans[0]:
+                band = rows.weights @ logits[n, :, rows.source]  # (C, <= 64, w)
+                for cols in ctx.spans[1]:
+                    tile = band[:, :, cols.source] @ cols.weights.T  # (C, <= 64, <= 64)
+                    here = n, rows.pixels, cols.pixels
+                    losses[here] = F.cross_entropy(tile[None], labels[here].long()[None], reduction="none")[0]
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    @custom_bwd(device_type="cpu")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, labels = ctx.saved_tensors
+        grad_logits = torch.zeros_like(logits)
+        for n in range(len(logits)):
+            for rows in ctx.spans[0]:
+                band = rows.weights @ logits[n, :, rows.source]
+                grad_band = torch.zeros_like(band)
+                for cols in ctx.spans[1]:
+                    here = n, rows.pixels, cols.pixels
+                    if not grad[here].any():
+                        continue
+                    grad_tile = torch.softmax(band[:, :, cols.source] @ cols.weights.T, 0)
+                    label = labels[here].long()[None]
+                    grad_tile.scatter_add_(0, label, grad_tile.new_full((), -1.0).expand(label.shape))
+                    grad_tile *= grad[here]
+                    grad_band[:, :, cols.source] += grad_tile @ cols.weights
+                grad_logits[n, :, rows.source] += rows.weights.T @ grad_band
+        return grad_logits, None, None
+
+
+class _Span(NamedTuple):
+    """Up to 64 full-size pixels along one axis: which they are, what they are interpolated from, and how."""
+
+    pixels: slice
+    source: slice
+    weights: Tensor  # (pixels, source)
+
+
+@lru_cache(maxsize=64)
+def _spans(size: int, full_size: int, align_corners: bool, dtype: torch.dtype) -> tuple[_Span, ...]:
+    """Cut one axis into tiles. The weights are torch's own: what it makes of the unit vectors."""
+    unit = torch.eye(size, dtype=dtype)[None]
+    weights = F.interpolate(unit, full_size, mode="linear", align_corners=align_corners)[0].T  # (full_size, size)
+    spans = []
+    for start in range(0, full_size, _TILE):
+        used = weights[start : start + _TILE].any(0).nonzero()
+        source = slice(int(used[0]), int(used[-1]) + 1)
+        pixels = slice(start, start + _TILE)
+        spans.append(_Span(pixels, source, weights[pixels, source].contiguous()))
+    return tuple(spans)

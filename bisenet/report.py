@@ -1,0 +1,294 @@
+"""What remains of a run for people to look at: figures, tables and JSON files."""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.table import Table
+
+from bisenet.classes import ClassTable
+from bisenet.metrics import SegmentationScores
+from bisenet.visualize import prediction_grid
+
+Series = tuple[np.ndarray, np.ndarray]  # steps and values, equally long, only where logged and finite
+
+_DPI = 120
+_COLOURS = ("#20639b", "#e07a1f", "#3c9d6b", "#c0392b", "#7d5ba6", "#5f6b76")
+
+
+# ---------------------------------------------------------------- figures
+
+
+def plot_curves(metrics_csv: Path, out: Path) -> None:
+    """Draw loss, learning rates and validation mIoU over the steps of a run.
+
+    Args:
+        metrics_csv: what Lightning's CSVLogger writes: ``step``, ``train/loss``, ``train/loss/<head>``,
+            ``lr/<group>``, ``val/<protocol>/miou``; blank where nothing was logged. Missing curves are left out.
+        out: PNG file.
+    """
+    series = _read_series(metrics_csv)
+    figure = Figure(figsize=(11, 3.4), dpi=_DPI, layout="constrained")
+    loss, rate, score = figure.subplots(1, 3)
+
+    _panel(loss, "training loss")
+    heads = _named(series, "train/loss/")
+    if "train/loss" in series:
+        steps, values = series["train/loss"]
+        loss.plot(steps, values, color=_COLOURS[0], alpha=0.25, linewidth=0.8)
+        loss.plot(steps, _smooth(values), _marker(values), linewidth=2, label="total", zorder=3)
+        loss.set_ylim(0, 1.1 * max(_smooth(values).max(), 1e-9))  # a spike does not flatten the rest
+    for name, (steps, values) in heads if len(heads) > 1 else ():
+        loss.plot(steps, _smooth(values), _marker(values), linewidth=1, label=name)
+
+    _panel(rate, "learning rate")
+    rates: dict[bytes, tuple[list[str], Series]] = {}  # groups of the same rate share a curve
+    for name, curve in _named(series, "lr/"):
+        rates.setdefault(curve[1].tobytes(), ([], curve))[0].append(name)
+    for names, (steps, values) in rates.values():
+        rate.plot(steps, values, _marker(values), linewidth=1.8, label=", ".join(names))
+        if (values > 0).any():
+            rate.set_yscale("log", nonpositive="clip")
+
+    _panel(score, "validation mIoU")
+    score.set_ylim(0, 1)
+    for name, (steps, values) in _named(series, "val/", "miou"):
+        score.plot(steps, values, "o-", markersize=4, linewidth=1.8, label=name or "single scale")
+        best = int(np.argmax(values))
+        at = (steps[best], values[best])
+        score.annotate(f"{at[1]:.3f}", at, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
+
+    for axes in (loss, rate, score):
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+            axes.set_xlim(left=0)
+        else:
+            axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", va="center", color="0.6")
+    _save(figure, out)
+
+
+def plot_iou(scores: Mapping[str, Any], classes: ClassTable, out: Path) -> None:
+    """Draw the IoU of each class as a bar in the class's colour, and their mean.
+
+    Args:
+        scores: ``SegmentationScores.to_dict()``; classes without an IoU are listed below.
+        classes: their table.
+        out: PNG file.
+    """
+    values = {name: scores["classes"][name]["iou"] for name in classes.names}
+    palette = dict(zip(classes.names, classes.palette / 255, strict=False))
+    shown = [name for name, value in values.items() if value is not None]
+    row, size = (0.24, 8.5) if len(shown) <= 40 else (0.15, 6.5)
+    figure = Figure(figsize=(7.5, 1.3 + row * len(shown)), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    _panel(axes, f"mIoU {_number(scores['miou'])} over {len(shown)} classes", "intersection over union")
+    axes.grid(visible=False, axis="y")
+    colours = [palette[name] for name in shown]
+    axes.barh(shown, [values[name] for name in shown], color=colours, edgecolor="0.35", linewidth=0.5)
+    if scores["miou"] is not None:
+        axes.axvline(scores["miou"], color="0.2", linestyle="--", linewidth=1.2)
+    axes.tick_params("y", labelsize=size)
+    for at, name in enumerate(shown):
+        label = axes.text(values[name] + 0.008, at, f"{values[name]:.3f}", va="center", fontsize=size, color="0.25")
+        label.set_in_layout(False)
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # over the line of the mean
+    axes.set_xlim(0, 1.06)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    if absent := [name for name, value in values.items() if value is None]:
+        note = _listed("absent, left out of the mean: ", absent, 110)
+        figure.supxlabel(note, fontsize=8, color="0.35", x=0.02, ha="left")
+    _save(figure, out)
+
+
+def plot_confusion(confusion: np.ndarray, names: Sequence[str], out: Path) -> None:
+    """Draw a confusion matrix, each row as shares of the pixels of its true class.
+
+    Args:
+        confusion: pixels, int64 (C, C), by true class (row) and predicted class (column); empty rows stay blank.
+        names: of the C classes.
+        out: PNG file.
+    """
+    count = len(names)
+    totals = confusion.sum(1, keepdims=True)
+    shares = np.ma.masked_array(confusion / np.maximum(totals, 1), np.broadcast_to(totals == 0, confusion.shape))
+    side = min(max(3.2 + 0.36 * count, 4.5), 11.0)
+    figure = Figure(figsize=(side + 0.6, side), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("0.93")
+    # The square root makes the confusions, which are a few percent each, visible beside the diagonal.
+    picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    bar = figure.colorbar(picture, ax=axes, shrink=0.8, pad=0.015, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
+    bar.ax.set_yticklabels(["0", "1", "5", "20", "50", "100"], fontsize=8)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    axes.set_title("share of the true class's pixels, %", fontsize=11, loc="left")
+    ticks = range(0, count, -(-count // 70))  # as many names as can be read
+    labels, size = [names[tick] for tick in ticks], 9 if count <= 25 else 6.5
+    axes.set_xticks(ticks, labels, rotation=90 if count > 4 else 0, fontsize=size)
+    axes.set_yticks(ticks, labels, fontsize=size)
+    axes.tick_params(length=0)
+    axes.set_xlabel("predicted", fontsize=10)
+    axes.set_ylabel("true", fontsize=10)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if count <= 25:
+        for row, column in zip(*np.nonzero(shares.filled(0) >= 0.005), strict=True):
+            share = float(shares[row, column])
+            colour = "white" if share > 0.35 else "0.2"
+            text = axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
+            text.set_in_layout(False)  # lies inside anyway, and measuring hundreds takes seconds
+    _save(figure, out)
+
+
+def plot_predictions(
+    images: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+    predictions: Sequence[np.ndarray],
+    classes: ClassTable,
+    out: Path,
+) -> None:
+    """Draw rows of image, RGB uint8 (H, W, 3), truth and prediction, uint8 (H, W) of train ids, as a PNG file."""
+    _save(prediction_grid(images, truths, predictions, classes.palette, classes.names), out, photographs=True)
+
+
+def _panel(axes: Axes, title: str, abscissa: str = "step") -> None:
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8.5, length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("0.7")
+    axes.set_xlabel(abscissa, fontsize=9)
+    axes.set_prop_cycle(color=_COLOURS)
+
+
+def _save(figure: Figure, out: Path, photographs: bool = False) -> None:
+    """Write a PNG file of 256 colours: a third of the size, and the same to the eye."""
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=_DPI)
+    picture = Image.open(drawn).convert("RGB")
+    if photographs:  # Their colours must be chosen with more care; a sample of the pixels is enough for that.
+        sample = picture.resize((picture.width // 3, picture.height // 3), Image.Resampling.NEAREST)
+        picture = picture.quantize(palette=sample.quantize(256, kmeans=2), dither=Image.Dither.NONE)
+    else:
+        picture = picture.quantize(256)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out, "PNG", optimize=True)
+
+
+def _read_series(metrics_csv: Path) -> dict[str, Series]:
+    """Every column of a metrics file, over ``step``; without that column, over its rows."""
+    with metrics_csv.open(newline="") as file:
+        rows = list(csv.DictReader(file, restkey=""))
+    series = {}
+    for name in rows[0] if rows else ():
+        points = [(_float(row.get("step", number)), _float(row.get(name))) for number, row in enumerate(rows)]
+        points = [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
+        if points:
+            series[name] = tuple(np.array(points).T)
+    return series
+
+
+def _named(series: Mapping[str, Series], start: str, end: str = "") -> list[tuple[str, Series]]:
+    """The series whose names start and end so, by what stands between."""
+    return [
+        (name.removeprefix(start).removesuffix(end).strip("/"), curve)
+        for name, curve in series.items()
+        if name.startswith(start) and name.endswith(end)
+    ]
+
+
+def _float(cell: Any) -> float:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Exponential moving average over a twentieth of the values, without the bias to its start."""
+    keep = 1 - 1 / max(len(values) / 20, 1)
+    smooth, average, weight = np.empty(len(values)), 0.0, 0.0
+    for index, value in enumerate(values):
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth[index] = average / weight
+    return smooth
+
+
+def _marker(values: np.ndarray) -> str:
+    """A single value is a dot, since a line needs two."""
+    return "o" if len(values) == 1 else "-"
+
+
+def _listed(start: str, names: Sequence[str], width: int) -> str:
+    """The names in one line, cut with their number where they are too many."""
+    line = start + ", ".join(names)
+    return line if len(line) <= width else f"{line[:width].rsplit(',', 1)[0]} and more ({len(names)} in all)"
+
+
+# ---------------------------------------------------------------- tables
+
+_COLUMNS = ("iou", "precision", "recall", "f1")
+_TITLES = ("IoU", "precision", "recall", "F1")
+
+
+def class_table(scores: Mapping[str, Any]) -> Table:
+    """The scores of each class (``SegmentationScores.to_dict()``) for the terminal."""
+    means = f"pixel accuracy {_number(scores['pixel_accuracy'])}, mean accuracy {_number(scores['mean_accuracy'])}"
+    table = Table(caption=f"{scores['n_images']} images, {means}", caption_justify="left", show_footer=True)
+    table.add_column("class", footer="mean IoU", no_wrap=True)
+    for title in _TITLES:
+        table.add_column(title, footer=_number(scores["miou"]) if title == "IoU" else "", justify="right")
+    table.add_column("pixels", justify="right")
+    for name, entry in scores["classes"].items():
+        style = "dim" if entry["iou"] is None else None
+        table.add_row(name, *(_number(entry[key]) for key in _COLUMNS), f"{entry['pixels']:,}", style=style)
+    return table
+
+
+def markdown_table(scores: Mapping[str, Any]) -> str:
+    """The scores of each class (``SegmentationScores.to_dict()``) as a Markdown table."""
+    lines = [f"| class | {' | '.join(_TITLES)} |", "|---|" + "---:|" * len(_TITLES)]
+    for name, entry in scores["classes"].items():
+        lines.append(f"| {name} | {' | '.join(_number(entry[key]) for key in _COLUMNS)} |")
+    lines.append(f"| **mean** | **{_number(scores['miou'])}** |{' |' * (len(_TITLES) - 1)}")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a new JSON file, whole or not at all.
+
+    Raises:
+        FileExistsError: it is there already; nothing that exists is overwritten.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists; nothing is overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def write_counts(path: Path, scores: SegmentationScores) -> None:
+    """Write the counts behind the scores as a NumPy archive, so that runs can be compared image by image.
+
+    It holds ``image_index`` (n,), ``per_image`` (n, 3, C): true positives, predicted and true pixels, and ``confusion``
+    (C, C), truth by prediction; all int64.
+    """
+    np.savez_compressed(path, image_index=scores.image_index, per_image=scores.per_image, confusion=scores.confusion)

@@ -1,0 +1,20 @@
+"""Train and evaluate a model: ``python scripts/train.py experiment=demo trainer.max_steps=500``."""
+
+from omegaconf import DictConfig
+
+from bisenet import config
+
+
+@config.entry("train")
+def main(cfg: DictConfig) -> None:
+    """Check the configuration, then do the work."""
+    config.check(cfg)
+    if cfg.resume is not None:
+        cfg = config.resumed(cfg, config.overrides())
+    from bisenet import experiment  # heavy: only once the configuration is sound
+
+    experiment.train(cfg, config.output_dir())
+
+
+if __name__ == "__main__":
+    main()

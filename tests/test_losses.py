@@ -1,0 +1,341 @@
+"""The losses against a few lines of float64 composition, and at the edges of their contract."""
+
+import math
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy
+from bisenet.networks import SegmentationOutput
+from bisenet.ops import _pixel_losses, _sum_of_hardest, cross_entropy, ohem_cross_entropy
+
+IGNORE = 255
+
+
+def oracle(logits: Tensor, target: Tensor, *, threshold: float, min_kept: float | int, normalizer: str, align: bool):
+    """Loss and number kept: upsample, -log softmax, sort, average what is kept. Differentiable, in float64."""
+    full = F.interpolate(logits.double(), target.shape[-2:], mode="bilinear", align_corners=align)
+    valid = target != IGNORE
+    label = target.long().masked_fill(~valid, 0)
+    losses = (-full.log_softmax(1)).gather(1, label[:, None])[:, 0][valid].sort(descending=True).values
+    n_min = min_kept if isinstance(min_kept, int) else math.floor(len(losses) * min_kept + 1e-9)
+    kept = max(int((losses > -math.log(threshold)).sum()), min(n_min, len(losses)))
+    return losses[:kept].sum() / max(kept, n_min if normalizer == "at_least_n_min" else 0, 1), kept
+
+
+def ohem(logits: Tensor, target: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
+    settings = {"threshold": 0.7, "min_kept": 0.0625, "normalizer": "kept", "align_corners": False, **changes}
+    return ohem_cross_entropy(logits, target, ignore_index=changes.pop("ignore_index", IGNORE), **settings)
+
+
+def gradient(loss: Tensor, logits: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, logits)[0]
+
+
+class Case(NamedTuple):
+    """Logits that follow blocky labels with some confidence: a few classes, a share of ignored pixels."""
+
+    logits: Tensor
+    target: Tensor
+
+
+def make_case(
+    *, images=2, classes=19, size=(5, 7), full_size=(37, 53), confidence=4.0, ignored=0.2, seed=0, dtype=torch.float64
+) -> Case:
+    draw = torch.Generator().manual_seed(seed)
+    small = torch.randint(classes, (images, *size), generator=draw)
+    noise = torch.randn(images, classes, *size, generator=draw, dtype=torch.float64)
+    logits = confidence * F.one_hot(small, classes).movedim(-1, 1) + noise
+    target = F.interpolate(small[:, None].double(), full_size, mode="nearest")[:, 0].to(torch.uint8)
+    target[torch.rand(target.shape, generator=draw) < ignored] = IGNORE
+    return Case(logits.to(dtype).requires_grad_(), target)
+
+
+sides = st.integers(1, 12)
+full_sides = st.one_of(st.integers(1, 40), st.integers(60, 140))
+cases = st.builds(
+    make_case,
+    images=st.integers(0, 3),
+    classes=st.integers(2, 30),
+    size=st.tuples(sides, sides),
+    full_size=st.tuples(full_sides, full_sides),
+    confidence=st.sampled_from([0.0, 4.0, 9.0, 20.0]),
+    ignored=st.sampled_from([0.0, 0.3, 0.97, 1.0]),
+    seed=st.integers(0, 2**16),
+)
+rules = st.fixed_dictionaries(
+    {
+        "threshold": st.sampled_from([1e-9, 0.1, 0.7, 1.0]),
+        "min_kept": st.one_of(st.sampled_from([0.0, 0.0625, 0.5, 1.0]), st.integers(0, 12_000)),
+        "normalizer": st.sampled_from(["kept", "at_least_n_min"]),
+    }
+)
+
+
+@given(cases, rules, st.booleans())
+def test_value_count_and_gradient_equal_the_oracle(case, rule, align):
+    loss, kept = ohem(*case, **rule, align_corners=align)
+    true_loss, true_kept = oracle(*case, **rule, align=align)
+    assert kept.item() == true_kept
+    assert kept.dtype == torch.int64
+    torch.testing.assert_close(loss, true_loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient(loss, case.logits), gradient(true_loss, case.logits), rtol=1e-8, atol=1e-12)
+
+
+@given(cases, rules)
+def test_the_path_without_host_synchronisation_is_the_same_function(case, rule):
+    results = []
+    for on_host in (True, False):
+        losses, valid = _pixel_losses(case.logits, case.target, IGNORE, False, on_host)
+        n_min = torch.tensor(rule["min_kept"] if isinstance(rule["min_kept"], int) else 50).clamp(max=valid)
+        total, kept = _sum_of_hardest(losses, -math.log(rule["threshold"]), n_min, on_host)
+        results.append((total, kept, gradient(total, case.logits)))
+    for on_host, on_device in zip(*results, strict=True):
+        torch.testing.assert_close(on_device, on_host, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (64, 64)], ids=["upsampled", "full size"])
+def test_off_the_host_nothing_reads_data_back(size):
+    """Tensors on the meta device have no data: whatever needs a number on the host raises."""
+    logits = torch.empty(2, 19, *size, device="meta", dtype=torch.float16, requires_grad=True)
+    target = torch.empty(2, 64, 64, device="meta", dtype=torch.uint8)
+    loss, kept = ohem(logits, target)
+    assert (loss.shape, kept.shape, gradient(loss, logits).shape) == ((), (), logits.shape)
+
+
+def test_off_the_host_an_unknown_label_gives_nan_in_value_and_gradient():
+    case = make_case()
+    case.target[0, 3, 4] = 19
+    losses, _ = _pixel_losses(*case, IGNORE, False, False)
+    total, _ = _sum_of_hardest(losses, -math.log(0.7), torch.tensor(100), False)
+    assert total.isnan()
+    assert gradient(total, case.logits).isnan().any()
+
+
+@pytest.mark.parametrize("rule", [{}, {"threshold": 1e-9}, {"min_kept": 5000, "normalizer": "at_least_n_min"}], ids=str)
+@pytest.mark.parametrize("full_size", [(9, 11), (3, 4)], ids=["upsampled", "full size"])
+def test_gradcheck(rule, full_size):
+    case = make_case(images=1, classes=3, size=(3, 4), full_size=full_size, confidence=2.0)
+    assert torch.autograd.gradcheck(lambda logits: ohem(logits, case.target, **rule)[0], case.logits)
+
+
+@given(cases, st.integers(0, 3000))
+def test_the_older_rule_is_a_mean_over_at_least_n_min_pixels(case, n_min):
+    """The reference of 2018 sorted all pixels, ignored ones at loss 0, and took the hard ones or the first n_min."""
+    full = F.interpolate(case.logits, case.target.shape[-2:], mode="bilinear", align_corners=True)
+    losses = F.cross_entropy(full, case.target.long(), ignore_index=IGNORE, reduction="none").flatten()
+    ordered = torch.cat([losses.sort(descending=True).values, losses.new_zeros(n_min + 1)])
+    hard = ordered[ordered > -math.log(0.7)]
+    expected = hard.mean() if ordered[n_min] > -math.log(0.7) else ordered[:n_min].sum() / max(n_min, 1)
+    loss, _ = ohem(*case, min_kept=n_min, normalizer="at_least_n_min", align_corners=True)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+
+
+@given(cases)
+def test_keeping_all_is_the_mean_and_keeping_more_never_raises_the_loss(case):
+    mean, valid = cross_entropy(*case, ignore_index=IGNORE, align_corners=False)
+    everything, kept = ohem(*case, min_kept=1.0)
+    torch.testing.assert_close(everything, mean, rtol=1e-9, atol=1e-12)
+    assert kept == valid == (case.target != IGNORE).sum()
+    series = [ohem(*case, threshold=1e-9, min_kept=share)[0].item() for share in (0.1, 0.3, 0.6, 1.0)]
+    if series[0]:  # with fewer than ten valid pixels a tenth is none, and the loss 0
+        assert all(a >= b - 1e-9 for a, b in pairwise(series))
+
+
+def test_min_kept_as_a_fraction_is_exact():
+    case = make_case(images=1, size=(10, 10), full_size=(20, 10), ignored=0.0)
+    case.target[0, 10:] = IGNORE
+    for percent in range(101):
+        assert ohem(*case, threshold=1e-9, min_kept=percent / 100)[1] == percent
+
+
+def test_ties_at_the_cut_share_the_remaining_weight():
+    logits = torch.zeros(2, 4, 3, 5, dtype=torch.float64)
+    target = torch.randint(4, (2, 9, 15), generator=torch.Generator().manual_seed(0))
+    target[:, ::4] = IGNORE
+    logits[1, 0] = 2.0  # image 1: labels other than 0 lose more than log 4, label 0 less
+    logits.requires_grad_()
+    losses = F.cross_entropy(
+        F.interpolate(logits, (9, 15), mode="bilinear"), target, ignore_index=IGNORE, reduction="none"
+    )
+    above, tied = losses > math.log(4) + 0.1, (losses - math.log(4)).abs() < 1e-9
+    kept = int(above.sum()) + 10
+    weight = above + tied * 10 / tied.sum()
+    expected = (losses * weight).sum() / kept
+    loss, n = ohem(logits, target, threshold=0.01, min_kept=kept)
+    assert n == kept
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(loss, logits), gradient(expected, logits))
+
+
+def test_the_same_bits_every_time():
+    case = make_case(dtype=torch.float32, full_size=(150, 130), confidence=0.0)
+    first, second = (ohem(*case, threshold=0.01)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(gradient(first, case.logits), gradient(second, case.logits))
+
+
+@pytest.mark.parametrize("normalizer", ["kept", "at_least_n_min"])
+@pytest.mark.parametrize(
+    ("case", "min_kept"),
+    [
+        *[(make_case(ignored=1.0), n_min) for n_min in (0, 1000, 0.5)],
+        *[(make_case(images=0), n_min) for n_min in (0, 1000, 0.5)],
+        *[(make_case(confidence=200.0, full_size=(5, 7)), n_min) for n_min in (0, 0.0)],
+    ],
+    ids=lambda value: f"{tuple(value.target.shape)}" if isinstance(value, Case) else None,
+)
+def test_nothing_kept_gives_zero_with_a_zero_gradient(case, min_kept, normalizer):
+    loss, kept = ohem(*case, min_kept=min_kept, normalizer=normalizer)
+    assert loss == kept == 0
+    assert not gradient(loss, case.logits).any()
+
+
+@pytest.mark.parametrize(
+    "rule", [{}, {"threshold": 1e-9}, {"threshold": 1e-9, "min_kept": 0}], ids=["hard", "n_min", "none"]
+)
+@pytest.mark.parametrize("full_size", [(37, 53), (5, 7)], ids=["upsampled", "full size"])
+@pytest.mark.parametrize("where", ["valid", "ignored"])
+def test_a_nan_logit_gives_a_nan_loss(rule, full_size, where):
+    case = make_case(full_size=full_size, ignored=0.0)
+    if where == "ignored":
+        case.target[1] = IGNORE
+    with torch.no_grad():
+        case.logits[1, 3, 2, 2] = math.nan
+    assert ohem(*case, **rule)[0].isnan()
+    assert cross_entropy(*case, ignore_index=IGNORE, align_corners=False)[0].isnan()
+
+
+def test_infinite_logits():
+    case = make_case(classes=5, full_size=(5, 7), ignored=0.0)
+    absent, label = case.logits.detach().clone(), case.logits.detach().clone()
+    case.target.clamp_(max=3)
+    absent[:, 4] = -math.inf  # a class that is nowhere
+    loss, _ = ohem(absent.requires_grad_(), case.target)
+    torch.testing.assert_close(loss, ohem(absent[:, :4], case.target)[0])
+    assert gradient(loss, absent).isfinite().all()
+    label[0, case.target[0, 0, 0].long(), 0, 0] = -math.inf
+    assert ohem(label, case.target)[0] == math.inf
+    assert ohem(-label, case.target)[0].isnan()
+    full = F.interpolate(case.target[:, None].float(), (20, 28))[:, 0].to(torch.uint8)
+    for sign in (1, -1):
+        assert not ohem(sign * label, full)[0].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("full_size", [(37, 53), (5, 7)], ids=["upsampled", "full size"])
+def test_labels_outside_the_classes_are_named(dtype, full_size):
+    case = make_case(full_size=full_size)
+    target = case.target.to(dtype)
+    target[0, :2, 0] = torch.tensor([200, 19], dtype=dtype)
+    for loss in (OhemCrossEntropy(), CrossEntropy()):
+        with pytest.raises(ValueError, match=r"\[19, 200\].*0 to 18.*255"):
+            loss(case.logits, target)
+    if dtype == torch.int64:
+        target[0, :2, 0] = -1
+        with pytest.raises(ValueError, match=r"\[-1\]"):
+            ohem(case.logits, target)
+
+
+@pytest.mark.parametrize(
+    ("classes", "ignore_index"), [(19, 255), (19, 3), (256, 7), (256, -1), (256, -100), (256, 300), (300, 7)]
+)
+def test_label_types_agree_and_never_wrap(classes, ignore_index):
+    """In uint8, 256 would become 0, -1 would become 255, -100 156 and 300 44."""
+    case = make_case(classes=classes, ignored=0.0)
+    case.target[0, :3] = torch.tensor([[255], [156], [44]]).clamp(max=classes - 1)
+    full = F.interpolate(case.logits, (37, 53), mode="bilinear")
+    expected = F.cross_entropy(full, case.target.long(), ignore_index=ignore_index)
+    for target in (case.target, case.target.long()):
+        loss, kept = cross_entropy(case.logits, target, ignore_index=ignore_index, align_corners=False)
+        torch.testing.assert_close(loss, expected)
+        assert kept == (case.target.long() != ignore_index).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_error_stays_within_that_of_stock_ops(dtype):
+    """Stock: interpolate in the logits' own type, cross entropy in float32, mean of the hard pixels."""
+    case = make_case(size=(12, 16), full_size=(96, 128), dtype=dtype, confidence=3.0)
+    truth, _ = oracle(*case, threshold=0.7, min_kept=0.0625, normalizer="kept", align=False)
+    true_gradient = gradient(truth, case.logits)
+    full = F.interpolate(case.logits, (96, 128), mode="bilinear").float()
+    losses = F.cross_entropy(full, case.target.long(), ignore_index=IGNORE, reduction="none")
+    stock = losses[losses > -math.log(0.7)].mean()
+    ours, _ = ohem(*case)
+    assert ours.dtype == torch.float32
+    assert (ours - truth).abs() <= (stock - truth).abs() + 1e-6
+    errors = [(gradient(loss, case.logits).double() - true_gradient.double()).abs().max() for loss in (ours, stock)]
+    assert errors[0] <= errors[1] + 1e-6 * true_gradient.abs().max()
+
+
+def test_autocast_and_memory_format_change_nothing():
+    case = make_case(dtype=torch.float32)
+    loss, _ = ohem(*case)
+    expected = gradient(loss, case.logits)
+    rearranged = case.logits.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, _ = ohem(rearranged, case.target)
+        assert torch.equal(gradient(again, rearranged), expected)
+    assert torch.equal(again, loss)
+
+
+def test_a_loss_first_computed_in_inference_mode_trains_afterwards():
+    """The interpolation weights are kept from call to call."""
+    case = make_case(size=(6, 11), full_size=(41, 59))
+    with torch.inference_mode():
+        validation, _ = ohem(*case)
+    loss, _ = ohem(*case)
+    assert loss == validation
+    assert gradient(loss, case.logits).any()
+
+
+def test_shapes_and_types_that_do_not_fit_are_named():
+    logits, target = make_case()
+    with pytest.raises(ValueError, match=r"\(2, 19, 5, 7\) and target \(1, 37, 53\)"):
+        ohem(logits, target[:1])
+    with pytest.raises(ValueError, match=r"\(2, 1, 37, 53\)"):
+        ohem(logits, target[:, None])
+    with pytest.raises(ValueError, match=r"float32.*uint8 and torch\.int64"):
+        ohem(logits, target.float())
+
+
+@pytest.mark.parametrize("criterion", [OhemCrossEntropy(ignore_index=IGNORE), CrossEntropy(ignore_index=IGNORE)])
+@pytest.mark.parametrize("n_aux", [0, 3])
+def test_deep_supervision_sums_heads_at_their_own_strides(criterion, n_aux):
+    heads = [
+        make_case(size=size, seed=i).logits for i, size in enumerate([(5, 7), (10, 13), (3, 4), (37, 53)][: n_aux + 1])
+    ]
+    target = make_case().target
+    output = SegmentationOutput(heads[0], tuple(heads[1:]))
+    result = DeepSupervision(criterion, aux_weight=0.4)(output, target, align_corners=True)
+    alone = [criterion(head, target, True) for head in heads]
+    assert result.heads == tuple(loss for loss, _ in alone)
+    assert result.kept == tuple(kept for _, kept in alone)
+    torch.testing.assert_close(result.total, alone[0][0] + 0.4 * sum(loss for loss, _ in alone[1:]))
+    gradients = torch.autograd.grad(result.total, heads)
+    for i, (head, (loss, _)) in enumerate(zip(heads, alone, strict=True)):
+        torch.testing.assert_close(gradients[i], gradient(loss, head) * (1.0 if i == 0 else 0.4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": 0.0}, r"threshold: got 0.0.*\(0, 1\]"),
+        ({"threshold": 1.5}, "threshold"),
+        ({"threshold": math.nan}, "threshold"),
+        ({"min_kept": 1.5}, r"min_kept: got 1.5.*\[0, 1\]"),
+        ({"min_kept": -1}, "min_kept"),
+        ({"normalizer": "mean"}, r"normalizer: got 'mean'.*kept \| at_least_n_min"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        OhemCrossEntropy(**arguments)
+    with pytest.raises(ValueError, match="aux_weight: got -1"):
+        DeepSupervision(CrossEntropy(), aux_weight=-1)

@@ -1,0 +1,447 @@
+"""The networks: golden sizes, shapes for any input, initialisation, and parity with the reference implementation.
+
+The reference is github.com/CoinCheung/BiSeNet at commit 6b4b67a. Its parameter names and outputs are recorded in
+tests/data/networks; `REFERENCE_ROOT=<checkout> python tests/test_networks.py` records them again, and with the same
+variable set `test_live_parity_with_the_reference` compares gradients and running statistics as well.
+"""
+
+import contextlib
+import copy
+import importlib
+import io
+import math
+import os
+import re
+import sys
+import types
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import model_zoo
+from torch.utils.flop_counter import FlopCounterMode
+
+from bisenet.networks import BiSeNetV1, BiSeNetV2, SegmentationOutput, bisenetv2
+from bisenet.networks.blocks import PositiveBatchNorm, SegmentationNetwork, pool_globally
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDED = Path(__file__).parent / "data" / "networks"
+
+VARIANTS: dict[str, Callable[..., SegmentationNetwork]] = {
+    "bisenetv1": BiSeNetV1,
+    "bisenetv1_diss": lambda n, **options: BiSeNetV1(n, structure="one_path", **options),
+    "bisenetv1_ushape": lambda n, **options: BiSeNetV1(n, structure="u_shape", **options),
+    "bisenetv2": BiSeNetV2,
+    "bisenetv2_large": lambda n, **options: BiSeNetV2(n, width_multiplier=2, depth_multiplier=3, **options),
+}
+GENERATIONS = ("current", "older")
+EVERY_NETWORK = [
+    (variant, options)
+    for variant in VARIANTS
+    for generation in GENERATIONS
+    for norm in (("bn", "inplace_abn") if "v1" in variant else (None,))
+    for options in ({"generation": generation} | ({"norm": norm} if norm else {}),)
+]
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def images(batch: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "generation", "with_aux", "without_aux"),
+    [
+        ("bisenetv1", "current", 13_425_721, 13_275_539),
+        ("bisenetv1", "older", 13_392_384, 13_242_240),
+        ("bisenetv1_diss", "current", 13_333_753, 13_183_571),
+        ("bisenetv1_diss", "older", 13_300_416, 13_150_272),
+        ("bisenetv1_ushape", "current", 12_037_881, 11_887_699),
+        ("bisenetv2", "current", 5_231_487, 3_358_627),
+        ("bisenetv2", "older", 3_645_935, 3_358_627),
+        ("bisenetv2_large", "current", 19_689_487, 17_540_147),
+    ],
+)
+def test_parameter_counts(variant: str, generation: str, with_aux: int, without_aux: int) -> None:
+    for norm in ("bn", "inplace_abn") if "v1" in variant else (None,):
+        options = {"generation": generation} | ({"norm": norm} if norm else {})
+        with torch.device("meta"):
+            assert parameters(VARIANTS[variant](19, **options)) == with_aux
+            assert parameters(VARIANTS[variant](19, aux=False, **options)) == without_aux
+
+
+@pytest.mark.parametrize(
+    ("variant", "gmacs"),
+    [
+        ("bisenetv1", 118.3),
+        ("bisenetv1_diss", 107.1),
+        ("bisenetv1_ushape", 92.6),
+        ("bisenetv2", 98.4),
+        ("bisenetv2_large", 332.3),
+    ],
+)
+def test_multiply_adds_at_1024x2048(variant: str, gmacs: float) -> None:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        VARIANTS[variant](19).eval()(torch.empty(1, 3, 1024, 2048))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, abs=0.05)
+
+
+def heads(variant: str, generation: str) -> list[tuple[int, int]]:
+    """Stride of the feature that each head reads, and how often it is enlarged before the logits."""
+    if variant == "bisenetv1_ushape":
+        return [(8, 1), (16, 1), (32, 1)]
+    if variant.startswith("bisenetv1"):
+        return [(8, 1), (8, 1), (16, 1)]
+    return [(8, 1), *((stride, 2 if generation == "current" else 1) for stride in (4, 8, 16, 32))]
+
+
+@settings(max_examples=14, deadline=None)
+@given(
+    st.sampled_from([variant for variant in VARIANTS if variant != "bisenetv2_large"]),
+    st.sampled_from(GENERATIONS),
+    st.integers(64, 130),
+    st.integers(64, 130),
+    st.integers(2, 30),
+)
+def test_every_input_size_from_64_works(variant: str, generation: str, height: int, width: int, n_classes: int) -> None:
+    network = VARIANTS[variant](n_classes, generation=generation)
+    image = images(2, height, width)
+    expected = [
+        (2, n_classes, factor * math.ceil(height / stride), factor * math.ceil(width / stride))
+        for stride, factor in heads(variant, generation)
+    ]
+    with torch.no_grad():
+        trained, evaluated = network.train()(image), network.eval()(image)
+    assert isinstance(trained, SegmentationOutput)
+    assert [tuple(logits.shape) for logits in (trained.logits, *trained.aux)] == expected
+    assert len(expected) == len(network.head_names)
+    assert tuple(evaluated.logits.shape) == expected[0]
+    assert evaluated.aux == ()
+    assert all(logits.isfinite().all() for logits in (trained.logits, *trained.aux, evaluated.logits))
+    assert network.align_corners is (generation == "older")
+
+
+@pytest.mark.parametrize(("variant", "options"), EVERY_NETWORK)
+def test_every_parameter_gets_a_finite_gradient(variant: str, options: dict[str, str]) -> None:
+    network = VARIANTS[variant](5, **options).train()
+    output = network(images(2, 64, 64))
+    torch.stack([logits.square().mean() for logits in (output.logits, *output.aux)]).sum().backward()
+    for name, weight in network.named_parameters():
+        assert weight.grad is not None, name
+        assert weight.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("variant", ["bisenetv1", "bisenetv2"])
+def test_a_network_without_auxiliary_heads_returns_none_and_the_same_main_head(variant: str) -> None:
+    full, bare = VARIANTS[variant](4).eval(), VARIANTS[variant](4, aux=False)
+    bare.load_state_dict(full.state_dict(), strict=False)
+    assert bare.head_names == full.head_names[:1]
+    assert bare.train()(images(2, 64, 64)).aux == ()
+    bare.load_state_dict(full.state_dict(), strict=False)  # training moved the statistics
+    assert torch.equal(bare.eval()(images(1, 64, 64)).logits, full(images(1, 64, 64)).logits)
+
+
+@pytest.mark.parametrize("variant", ["bisenetv1", "bisenetv1_ushape", "bisenetv2"])
+def test_channels_last_gives_the_same_logits(variant: str) -> None:
+    network = VARIANTS[variant](4).double().eval()
+    image = images(2, 72, 88, torch.float64)
+    expected = network(image).logits
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    actual = network(image.to(memory_format=torch.channels_last)).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "options"), [("bisenetv1", {"norm": "inplace_abn"}), ("bisenetv2", {})])
+def test_the_network_is_one_graph(variant: str, options: dict[str, str]) -> None:
+    torch.compile(VARIANTS[variant](4, **options).train(), backend="eager", fullgraph=True)(images(2, 64, 64))
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_every_head_of_bisenetv2_drops_a_tenth(generation: str) -> None:
+    network = VARIANTS["bisenetv2"](4, generation=generation)
+    for head in network.head_names:
+        drop = [module.p for module in network.get_submodule(head).modules() if isinstance(module, nn.Dropout)]
+        assert drop == [0.1]
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "message"),
+    [
+        ("bisenetv1", {"generation": "new"}, "generation='new': expected one of current, older"),
+        ("bisenetv1", {"structure": "diss"}, "structure='diss': expected one of two_path, one_path, u_shape"),
+        ("bisenetv1", {"norm": "gn"}, "norm='gn': expected one of bn, inplace_abn"),
+        ("bisenetv2", {"generation": ""}, "generation='': expected one of current, older"),
+        ("bisenetv2", {"width_multiplier": 0}, "width_multiplier=0: expected at least 0.125"),
+        ("bisenetv2", {"depth_multiplier": 0}, "depth_multiplier=0: expected a whole number of at least 1"),
+        ("bisenetv2", {"depth_multiplier": 1.5}, "depth_multiplier=1.5: expected a whole number of at least 1"),
+    ],
+)
+def test_an_impossible_argument_names_what_is_accepted(variant: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        VARIANTS[variant](19, **options)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_shipped_configuration_builds_and_its_output_layers_exist(variant: str) -> None:
+    with hydra.initialize_config_dir(str(ROOT / "conf" / "model"), version_base="1.3"):
+        config: DictConfig = hydra.compose(variant)
+    with torch.device("meta"):
+        network = hydra.utils.instantiate(config.network, n_classes=19)
+        assert parameters(network) == parameters(VARIANTS[variant](19))
+    assert config.name == variant
+    children = dict(network.named_children())
+    assert set(network.head_names) <= set(config.output_layers) <= set(children)
+    assert ("ffm" in config.output_layers) == ("ffm" in children)
+
+
+# --- batch norm ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("bisenetv1", {}),
+        ("bisenetv1_diss", {"generation": "older", "norm": "inplace_abn"}),
+        ("bisenetv2", {}),
+        ("bisenetv2", {"generation": "older"}),
+    ],
+)
+def test_one_image_in_training_is_refused_where_a_pooled_map_is_normalised(
+    variant: str, options: dict[str, str]
+) -> None:
+    network, image = VARIANTS[variant](4, **options), images(1, 64, 64)
+    with pytest.raises(ValueError, match=r"a batch of 1 image in training.*at least 2 images"):
+        network.train()(image)
+    network.eval()(image)
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | PositiveBatchNorm):
+            module.eval()
+    assert len(network(image).aux) == len(network.head_names) - 1
+
+
+def test_one_image_trains_where_nothing_is_pooled_or_the_norm_is_synchronised() -> None:
+    VARIANTS["bisenetv1_ushape"](4).train()(images(1, 64, 64))
+    feature = images(1, 8, 8)
+    assert pool_globally(feature, nn.SyncBatchNorm(3)).shape == (1, 3, 1, 1)
+    assert pool_globally(feature, None).shape == (1, 3, 1, 1)
+
+
+def test_the_older_norm_survives_synchronisation_copies_and_checkpoints() -> None:
+    network = BiSeNetV1(4, generation="older", norm="inplace_abn").double().eval()
+    fill(network)
+    state, image = network.state_dict(), images(1, 64, 64, torch.float64)
+    assert any((values < 0).any() for name, values in state.items() if name.endswith("bn.weight"))
+    expected = network(image).logits
+
+    for twin in (copy.deepcopy(network), nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))):
+        assert list(twin.state_dict()) == list(state)
+        torch.testing.assert_close(twin(image).logits, expected)
+    kinds = [type(module) for module in twin.modules()]  # of the converted one
+    assert kinds.count(nn.SyncBatchNorm) == kinds.count(PositiveBatchNorm) > 0
+    assert nn.BatchNorm2d not in kinds
+
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        network.load_state_dict(BiSeNetV1(4, generation="older").state_dict())
+
+
+@pytest.mark.parametrize(("variant", "options"), [("bisenetv1", {"norm": "inplace_abn"}), ("bisenetv2", {})])
+def test_a_checkpoint_restores_the_network(variant: str, options: dict[str, str]) -> None:
+    network = VARIANTS[variant](4, **options)
+    network.train()(images(2, 64, 64))  # statistics that differ from fresh ones
+    file = io.BytesIO()
+    torch.save(network.state_dict(), file)
+    restored = VARIANTS[variant](4, **options)
+    restored.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    image = images(1, 65, 70)
+    assert torch.equal(restored.eval()(image).logits, network.eval()(image).logits)
+
+
+# --- initialisation --------------------------------------------------------------------------------------------------
+
+
+def assert_normal(name: str, weight: Tensor, variance: float) -> None:
+    """Accept a sample variance and a sample mean within 6 of their own standard deviations."""
+    assert weight.var().item() == pytest.approx(variance, rel=6 * math.sqrt(2 / weight.numel())), name
+    assert abs(weight.mean().item()) < 6 * math.sqrt(variance / weight.numel()), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_initialisation_follows_the_table(variant: str) -> None:
+    torch.manual_seed(0)
+    network = VARIANTS[variant](19)
+    last_norms = {
+        id(module.conv2[1])
+        for module in network.modules()
+        if isinstance(module, bisenetv2.GatherExpand | bisenetv2.GatherExpandDown)
+    }
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            out_channels, in_channels, height, width = module.weight.shape
+            fan_in, fan_out = in_channels * height * width, out_channels * height * width
+            he = "v2" in variant or name.startswith("cp.resnet")
+            assert_normal(name, module.weight, 2 / fan_out if he else 1 / fan_in)
+            assert module.bias is None or not module.bias.any()
+        elif isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == (0 if id(module) in last_norms else 1)).all(), name
+            assert not module.bias.any()
+    assert bool(last_norms) == ("v2" in variant)
+
+
+# --- parity with the reference ---------------------------------------------------------------------------------------
+
+REFERENCES: dict[str, tuple[str, str, str, Callable[[], SegmentationNetwork]]] = {
+    # folder on the import path, module, class; the same network of ours
+    "bisenetv1": (".", "lib.models.bisenetv1", "BiSeNetV1", lambda: BiSeNetV1(19)),
+    "bisenetv2": (".", "lib.models.bisenetv2", "BiSeNetV2", lambda: BiSeNetV2(19)),
+    "older_bisenetv1": ("old", "model", "BiSeNet", lambda: BiSeNetV1(19, generation="older", norm="inplace_abn")),
+    "older_bisenetv1_diss": (
+        "old",
+        "diss.model",
+        "BiSeNet",
+        lambda: BiSeNetV1(19, structure="one_path", generation="older", norm="inplace_abn"),
+    ),
+    "older_bisenetv1_fp16": ("old", "fp16.model", "BiSeNet", lambda: BiSeNetV1(19, generation="older")),
+    "older_bisenetv2": ("old", "bisenetv2.bisenetv2", "BiSeNetV2", lambda: BiSeNetV2(19, generation="older")),
+}
+
+
+def fill(network: nn.Module) -> None:
+    """Give every weight and statistic values that depend on its name and shape alone, norm weights of both signs."""
+    for name, tensor in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        uniform = torch.from_numpy(np.random.default_rng(zlib.crc32(name.encode())).random(tuple(tensor.shape)))
+        if name.endswith("running_var"):
+            tensor.copy_(uniform + 0.5)
+        elif tensor.ndim == 1:
+            tensor.copy_(2 * uniform - 1)
+        else:
+            tensor.copy_((uniform - 0.5) * math.sqrt(12 / tensor[0].numel()))
+
+
+def described(network: nn.Module) -> list[str]:
+    return sorted(f"{name} {list(tensor.shape)}" for name, tensor in network.state_dict().items())
+
+
+def deterministic(network: nn.Module) -> nn.Module:
+    """In double precision, so that the comparison does not depend on the machine, and without dropout."""
+    network = network.double()
+    fill(network)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return network
+
+
+def logits_of(network: nn.Module, image: Tensor) -> list[Tensor]:
+    """Logits at the size of the image: ours upsampled as the network asks, the reference's as they are."""
+    output = network(image)
+    if not isinstance(network, SegmentationNetwork):
+        return list(output)
+    size, align = image.shape[2:], network.align_corners
+    return [F.interpolate(x, size, mode="bilinear", align_corners=align) for x in (output.logits, *output.aux)]
+
+
+def sampled_logits(network: nn.Module) -> dict[str, np.ndarray]:
+    """Return a sparse sample of the main head in eval mode and of every head in training."""
+    image = images(3, 64, 96, torch.float64)
+    with torch.no_grad():
+        evaluated, trained = logits_of(network.eval(), image)[:1], logits_of(network.train(), image)
+    heads = {"eval": evaluated[0]} | {f"train_{index}": logits for index, logits in enumerate(trained)}
+    return {head: logits[:, ::6, ::13, ::17].numpy().astype(np.float32) for head, logits in heads.items()}
+
+
+def inplace_abn_sync(x, weight, bias, mean, var, training, momentum, eps, activation, slope) -> Tensor:
+    """Compute what the CUDA extension of the older generation computes on one device."""
+    x = F.batch_norm(x, mean, var, weight.abs() + eps, bias, training, momentum, eps)
+    return F.leaky_relu(x, slope) if activation == "leaky_relu" else x
+
+
+@contextlib.contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """Make the modules of a reference checkout importable, with what it cannot have here replaced by the least."""
+    before = set(sys.modules)
+    package, functions = types.ModuleType("modules"), types.ModuleType("modules.functions")
+    package.__path__ = [str(folder / "modules")]
+    vars(functions).update({f"ACT_{name.upper()}": name for name in ("relu", "leaky_relu", "elu", "none")})
+    vars(functions)["inplace_abn_sync"] = inplace_abn_sync
+    stubs = {"torchvision": types.ModuleType("torchvision"), "modules": package, "modules.functions": functions}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        patch.setattr(sys, "dont_write_bytecode", True)
+        patch.setattr(model_zoo, "load_url", lambda _url: {})
+        for name, stub in stubs.items():
+            patch.setitem(sys.modules, name, stub)
+        yield
+        for name in set(sys.modules) - before - set(stubs):
+            del sys.modules[name]
+
+
+def reference_network(name: str) -> nn.Module:
+    folder, module, cls, _ = REFERENCES[name]
+    with importable(Path(os.environ["REFERENCE_ROOT"]).resolve() / folder):
+        return getattr(importlib.import_module(module), cls)(19)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_names_shapes_and_logits_equal_the_recorded_reference(name: str) -> None:
+    network = REFERENCES[name][-1]()
+    with np.load(RECORDED / f"{name}.npz") as recorded:
+        assert described(network) == recorded["state"].tolist()
+        actual = sampled_logits(deterministic(network))
+        assert set(actual) | {"state"} == set(recorded)
+        for head, logits in actual.items():
+            np.testing.assert_allclose(logits, recorded[head], rtol=0, atol=1e-5 * np.abs(recorded[head]).max())
+
+
+@pytest.mark.skipif("REFERENCE_ROOT" not in os.environ, reason="REFERENCE_ROOT names no checkout of the reference")
+@pytest.mark.parametrize("name", REFERENCES)
+def test_live_parity_with_the_reference(name: str) -> None:
+    ours, theirs = deterministic(REFERENCES[name][-1]()), deterministic(reference_network(name))
+    # Only the older generation takes a size that is no multiple of 32.
+    image = images(3, *((97, 70) if name.startswith("older") else (96, 64)), torch.float64)
+    for train in (False, True):
+        actual, expected = logits_of(ours.train(train), image), logits_of(theirs.train(train), image)
+        expected = expected[: len(actual)]  # the reference has auxiliary logits in eval mode too
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * b.abs().max().item())
+        for logits in (actual, expected):
+            torch.stack([head.square().mean() for head in logits]).sum().backward()
+    theirs_by_name = dict(theirs.named_parameters())
+    for parameter, weight in ours.named_parameters():
+        torch.testing.assert_close(weight.grad, theirs_by_name[parameter].grad, rtol=1e-6, atol=1e-9)
+    for statistic, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[statistic], value)
+
+
+def record() -> None:
+    """Write names, shapes and sampled logits of every network of the reference."""
+    for name in REFERENCES:
+        network = reference_network(name)
+        arrays: dict[str, Any] = {"state": np.array(described(network)), **sampled_logits(deterministic(network))}
+        np.savez_compressed(RECORDED / f"{name}.npz", **arrays)
+
+
+if __name__ == "__main__":
+    record()

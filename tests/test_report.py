@@ -1,0 +1,231 @@
+"""Figures are real pictures for every odd input; masks keep their colours; tables and files say what was measured."""
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+
+from bisenet import report
+from bisenet.classes import ClassTable, SegmentationClass
+from bisenet.data.synthetic import render_scene
+from bisenet.metrics import SegmentationMetric, SegmentationScores
+from bisenet.visualize import colorize, hatch, overlay, prediction_grid
+
+CITYSCAPES = ClassTable.load("cityscapes")
+
+
+def table(count: int) -> ClassTable:
+    """A table of `count` classes in grey."""
+    names = (f"class {index}" for index in range(count))
+    return ClassTable("grey", tuple(SegmentationClass(n, (i,), i, (i, i, i)) for i, n in enumerate(names)))
+
+
+def scores(classes: int, largest: int, seed: int = 0) -> SegmentationScores:
+    """Of two random pictures; the classes from `largest` on are absent."""
+    rng = np.random.default_rng(seed)
+    metric = SegmentationMetric(classes)
+    truth = rng.integers(0, largest, (2, 32, 32))
+    prediction = np.where(rng.random(truth.shape) < 0.7, truth, rng.integers(0, largest, truth.shape))
+    metric.update(torch.from_numpy(prediction), torch.from_numpy(truth), torch.arange(2))
+    return metric.compute()
+
+
+def picture(path: Path) -> np.ndarray:
+    """The pixels of a figure that is small and not blank."""
+    assert path.stat().st_size < 300_000
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+    return pixels
+
+
+# ---------------------------------------------------------------- masks as pictures
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_overlay_lies_between_image_and_colours(height: int, width: int, seed: int, alpha: float) -> None:
+    rng = np.random.default_rng(seed)
+    image, mask = rng.integers(0, 256, (height, width, 3), np.uint8), rng.integers(0, 256, (height, width), np.uint8)
+    colours = colorize(mask, CITYSCAPES.palette)
+    assert (colours.shape, colours.dtype) == (image.shape, np.uint8)
+    assert all((colours[mask == index] == CITYSCAPES.palette[index]).all() for index in np.unique(mask))
+    mixed = overlay(image, mask, CITYSCAPES.palette, alpha)
+    assert (mixed.shape, mixed.dtype) == (image.shape, np.uint8)
+    assert (mixed >= np.minimum(image, colours)).all()
+    assert (mixed <= np.maximum(image, colours)).all()
+    assert np.array_equal(overlay(image, mask, CITYSCAPES.palette, 0.0), image)
+    assert np.array_equal(overlay(image, mask, CITYSCAPES.palette, 1.0), colours)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
+def test_overlay_refuses_an_alpha_that_is_no_share(alpha: float) -> None:
+    blank = np.zeros((2, 2, 3), np.uint8)
+    with pytest.raises(ValueError, match="alpha"):
+        overlay(blank, blank[..., 0], CITYSCAPES.palette, alpha)
+
+
+def test_hatch_marks_what_is_ignored_and_nothing_else() -> None:
+    shown, ignored = np.full((50, 60, 3), 200, np.uint8), np.zeros((50, 60), bool)
+    ignored[10:40, 5:50] = True
+    hatched = hatch(shown, ignored)
+    assert np.array_equal((hatched != shown).any(2), ignored)
+    assert len(np.unique(hatched[ignored])) == 2
+
+
+def test_prediction_grid_names_the_classes_that_occur() -> None:
+    image, road = np.zeros((20, 40, 3), np.uint8), np.zeros((20, 40), np.uint8)
+    void, sky = np.full_like(road, 255), np.full_like(road, 10)
+    figure = prediction_grid([image], [road], [sky], CITYSCAPES.palette, CITYSCAPES.names)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["road", "sky"]
+    figure = prediction_grid([image], [void], [road], CITYSCAPES.palette, CITYSCAPES.names)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["road", "ignored"]
+
+
+@pytest.mark.parametrize(("images", "masks"), [(0, 0), (1, 2)])
+def test_prediction_grid_refuses_unequal_rows(images: int, masks: int) -> None:
+    rows = [np.zeros((4, 4), np.uint8)] * masks
+    with pytest.raises(ValueError, match=f"{images} images, {masks} truths"):
+        prediction_grid([np.zeros((4, 4, 3), np.uint8)] * images, rows, rows, CITYSCAPES.palette, CITYSCAPES.names)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_predictions_of_differing_sizes_are_drawn(tmp_path: Path) -> None:
+    scenes = [render_scene(0, "val", number, size) for number, size in enumerate([(256, 512)] * 3 + [(128, 130)])]
+    truths = [CITYSCAPES.encode[label] for _, label in scenes]
+    predictions = [np.where(truth == 255, 0, truth).astype(np.uint8) for truth in truths]
+    report.plot_predictions([image for image, _ in scenes], truths, predictions, CITYSCAPES, tmp_path / "p.png")
+    pixels = picture(tmp_path / "p.png").astype(int)
+    for index in (0, 8, 10):  # road, vegetation, sky: the colours survive the reduction to 256
+        near = np.abs(pixels - CITYSCAPES.palette[index]).max(2) <= 3
+        assert near.mean() > 0.03
+
+
+FULL = """epoch,step,train/loss,train/loss/main,train/loss/aux,lr/decay,lr/no_decay,lr/heads,val/ss/miou
+0,9,7.1,3.0,4.1,0.01,0.01,0.1,
+0,9,,,,,,,0.1
+0,19,5.0,2.0,3.0,0.02,0.02,0.2,
+0,19,,,,,,,0.3
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FULL,
+        "",
+        "step,train/loss\n",
+        "step,train/loss\n3,1.5\n",
+        "step,val/ss/miou\n3,0.5\n",
+        "train/loss,lr/all\n1.5,0.1\n1.2,0.2\n",
+        "step,train/loss\n1,nan\n2,inf\n",
+        "step,train/loss,lr/all\n1,0.0,0.0\n2,0.0,0.0\n",
+        "step,train/loss\n1,2.0,7,8\n2",
+        "epoch,time/step\n0,1.0\n",
+    ],
+    ids=["full", "empty", "header", "one-row", "only-val", "no-step", "not-finite", "zeros", "ragged", "unrelated"],
+)
+def test_curves_of_any_metrics_file_are_drawn(text: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(text)
+    report.plot_curves(tmp_path / "metrics.csv", tmp_path / "figures" / "curves.png")
+    pixels = picture(tmp_path / "figures" / "curves.png")
+    assert pixels.shape[1] > 2 * pixels.shape[0]
+
+
+def test_curves_show_what_was_logged(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(FULL)
+    series = report._read_series(tmp_path / "metrics.csv")
+    assert [values.tolist() for values in series["train/loss"]] == [[9, 19], [7.1, 5.0]]
+    assert [values.tolist() for values in series["val/ss/miou"]] == [[9, 19], [0.1, 0.3]]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200))
+def test_smoothing_stays_among_the_values(values: list[float]) -> None:
+    smooth = report._smooth(np.array(values))
+    slack = 1e-9 * (1 + max(map(abs, values)))
+    assert len(smooth) == len(values)
+    assert smooth[0] == pytest.approx(values[0])
+    assert (smooth >= np.minimum.accumulate(values) - slack).all()
+    assert (smooth <= np.maximum.accumulate(values) + slack).all()
+
+
+@pytest.mark.parametrize(("classes", "largest"), [(2, 2), (19, 17), (171, 160)])
+def test_scores_are_drawn_for_few_and_many_classes(classes: int, largest: int, tmp_path: Path) -> None:
+    known, found = CITYSCAPES if classes == 19 else table(classes), scores(classes, largest)
+    report.plot_iou(found.to_dict(known.names), known, tmp_path / "iou.png")
+    report.plot_confusion(found.confusion, known.names, tmp_path / "confusion.png")
+    iou, confusion = picture(tmp_path / "iou.png"), picture(tmp_path / "confusion.png")
+    assert len(iou) > 15 * largest  # a row for each class that occurs
+    assert max(confusion.shape) < 1500
+    if classes == 19:
+        bars = [(iou == colour).all(2).any() for colour in CITYSCAPES.palette[:19] if np.ptp(colour) > 60]
+        assert bars == [index < largest for index in range(19) if np.ptp(CITYSCAPES.palette[index]) > 60]
+
+
+def test_scores_of_nothing_are_drawn(tmp_path: Path) -> None:
+    nothing = SegmentationMetric(19)
+    ignored = torch.full((1, 4, 4), 255)
+    nothing.update(torch.zeros_like(ignored), ignored, torch.tensor([0]))
+    found = nothing.compute()
+    report.plot_iou(found.to_dict(CITYSCAPES.names), CITYSCAPES, tmp_path / "iou.png")
+    report.plot_confusion(found.confusion, CITYSCAPES.names, tmp_path / "confusion.png")
+    picture(tmp_path / "iou.png")
+    picture(tmp_path / "confusion.png")
+
+
+def test_confusion_is_coloured_by_the_share_of_the_true_class(tmp_path: Path) -> None:
+    """Rows count alike, however many pixels they hold; the diagonal of a perfect prediction is dark."""
+    report.plot_confusion(np.array([[1000, 0], [0, 1]]), ("common", "rare"), tmp_path / "a.png")
+    report.plot_confusion(np.array([[1, 0], [0, 1000]]), ("common", "rare"), tmp_path / "b.png")
+    assert np.array_equal(picture(tmp_path / "a.png"), picture(tmp_path / "b.png"))
+
+
+# ---------------------------------------------------------------- tables and files
+
+
+def test_tables_hold_every_class_and_the_mean() -> None:
+    found = scores(19, 17).to_dict(CITYSCAPES.names)
+    console = Console(file=(terminal := StringIO()), width=120)
+    console.print(report.class_table(found))
+    markdown = report.markdown_table(found)
+    for shown in (terminal.getvalue(), markdown):
+        assert all(name in shown for name in CITYSCAPES.names)
+        assert f"{found['miou']:.4f}" in shown
+        assert f"{found['classes']['road']['iou']:.4f}" in shown
+    lines = markdown.splitlines()
+    assert len(lines) == 2 + 19 + 1
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[-2] == "| bicycle | - | - | - | - |"
+
+
+def test_json_is_written_once(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "results.json"
+    report.write_json(path, {"miou": 0.5, "absent": []})
+    with pytest.raises(FileExistsError, match=r"results\.json"):
+        report.write_json(path, {"miou": 0.9})
+    assert json.loads(path.read_text()) == {"miou": 0.5, "absent": []}
+
+
+def test_json_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        report.write_json(tmp_path / "results.json", {"miou": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_counts_give_the_scores_again(tmp_path: Path) -> None:
+    found = scores(19, 19)
+    report.write_counts(tmp_path / "counts.npz", found)
+    with np.load(tmp_path / "counts.npz") as counts:
+        tp, predicted, true = counts["per_image"].sum(0)
+        assert np.allclose(tp / (predicted + true - tp), found.iou)
+        assert np.array_equal(counts["confusion"], found.confusion)
+        assert counts["image_index"].tolist() == [0, 1]

@@ -26,7 +26,7 @@ from torch import nn
 from bisenet import checkpoint, config, report
 from bisenet.callbacks import LastCheckpoint, ProgressBar, StepClock, csv_logger
 from bisenet.classes import ClassTable
-from bisenet.config import DataConfig, EvaluateConfig, LossConfig, SchedulerConfig, TrainConfig
+from bisenet.config import EvaluateConfig, LossConfig, SchedulerConfig, TrainConfig
 from bisenet.data import SegmentationDataModule
 from bisenet.inference import Segmenter
 from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy
@@ -119,7 +119,12 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         **_evaluate(trainer, module, data, typed.data.report_split, run_dir),
     }
     if best.best_model_path:
-        results["best_on_val"] = _best_on_val(trainer, module, data, typed.data, checkpoint.read(best.best_model_path))
+        chosen = checkpoint.read(best.best_model_path)
+        results["best_on_val"] = {
+            "selected_on": typed.data.val_split,
+            "step": chosen.step,
+            **_best_on_val(trainer, module, data, results, chosen),
+        }
     report.write_json(run_dir / "results.json", results)
     _show(results)
     log.info("figures: %s", run_dir / "figures")
@@ -268,20 +273,15 @@ def _best_on_val(
     trainer: Trainer,
     module: SegmentationModule,
     data: SegmentationDataModule,
-    cfg: DataConfig,
+    last: dict[str, Any],
     best: checkpoint.Checkpoint,
 ) -> dict[str, Any]:
     """Scores of the checkpoint that was best on the validation split, on the split that is reported."""
+    if best.step == last["step"]:
+        return {"miou": last["miou"], "scores": last["scores"]}
     module.segmenter.network.load_state_dict(best.weights)
-    scores = _scores(trainer, module, data, cfg.report_split)
-    return {
-        "miou": scores.miou,
-        "split": cfg.report_split,
-        "selected_on": cfg.val_split,
-        "protocol": module.segmenter.protocol.name,
-        "step": best.step,
-        "scores": scores.to_dict(module.segmenter.classes.names),
-    }
+    scores = _scores(trainer, module, data, last["split"])
+    return {"miou": scores.miou, "scores": scores.to_dict(module.segmenter.classes.names)}
 
 
 def _spread(n: int, most: int) -> list[int]:
@@ -329,11 +329,13 @@ def provenance(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """One line for each message, and none for what is meant as it is."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).handlers.clear()  # Hydra's handler prints them already
+    """Leave the terminal to what matters: Lightning's warnings once (Hydra prints them), none for what is meant so."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
+        r".*LeafSpec.* is deprecated",  # within Lightning
         r"Experiment logs directory .* exists and is not empty",  # the history was set aside before
         r"Checkpoint directory .* exists and is not empty",
         r"The '.*_dataloader' does not have many workers",

@@ -125,7 +125,7 @@ class SegmentationMetric(Metric):
         self.images.append(torch.cat(rows, dim=1))
 
     def _require_classes(self, what: str, values: Tensor) -> None:
-        if values.numel() and (values.amin() < 0 or values.amax() >= self.num_classes):
+        if values.amin() < 0 or values.amax() >= self.num_classes:
             unknown = values[(values < 0) | (values >= self.num_classes)].unique().tolist()
             also = f" and ignore_index {self.ignore_index}" if what == "target" else ""
             raise ValueError(f"{what} holds {unknown}; accepted are the classes 0 to {self.num_classes - 1}{also}")

@@ -1,5 +1,6 @@
 """The LightningModule: glue around any network. It knows no architecture, no data set and no configuration."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from bisenet import checkpoint
 from bisenet.inference import Segmenter
 from bisenet.losses import DeepSupervision
 from bisenet.metrics import SegmentationMetric, SegmentationScores
+
+log = logging.getLogger(__name__)
 
 OptimizerFactory = Callable[[nn.Module], tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]
 
@@ -83,6 +86,8 @@ class SegmentationModule(LightningModule):
         """Reduce the counts to scores."""
         self.scores = self.metric.compute()
         self.log(self.miou_key, self.scores.miou)
+        if not self.trainer.sanity_checking:
+            log.info("step %d: %s %.4f", self.global_step, self.miou_key, self.scores.miou)
 
     # A test is the same evaluation on another split; its numbers are reported by the caller, under the split's name.
     on_test_epoch_start = on_validation_epoch_start

@@ -172,15 +172,13 @@ def _panel(axes: Axes, title: str, abscissa: str = "step") -> None:
 
 
 def _save(figure: Figure, out: Path, photographs: bool = False) -> None:
-    """Write a PNG file of 256 colours: a third of the size, and the same to the eye."""
+    """Write a PNG file; photographs in 256 colours, which is a third of the size and the same to the eye."""
     drawn = BytesIO()
     figure.savefig(drawn, dpi=_DPI)
     picture = Image.open(drawn).convert("RGB")
-    if photographs:  # Their colours must be chosen with more care; a sample of the pixels is enough for that.
+    if photographs:
         sample = picture.resize((picture.width // 3, picture.height // 3), Image.Resampling.NEAREST)
         picture = picture.quantize(palette=sample.quantize(256, kmeans=2), dither=Image.Dither.NONE)
-    else:
-        picture = picture.quantize(256)
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out, "PNG", optimize=True)
 
@@ -188,7 +186,7 @@ def _save(figure: Figure, out: Path, photographs: bool = False) -> None:
 def _read_series(metrics_csv: Path) -> dict[str, Series]:
     """Every column of a metrics file, over ``step``; without that column, over its rows."""
     with metrics_csv.open(newline="") as file:
-        rows = list(csv.DictReader(file, restkey=""))
+        rows = list(csv.DictReader(file))
     series = {}
     for name in rows[0] if rows else ():
         points = [(_float(row.get("step", number)), _float(row.get(name))) for number, row in enumerate(rows)]

@@ -232,11 +232,11 @@ def _rgb(label: np.ndarray) -> Image.Image:
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (_rgb, "is a 8-bit RGB PNG"),
-        (lambda label: _rgb(label).convert("RGBA"), "is a 8-bit RGBA PNG"),
-        (lambda label: Image.fromarray(label).convert("LA"), r"is a 8-bit greyscale \+ alpha PNG"),
-        (lambda label: Image.fromarray(label.astype(np.uint16)), "is a 16-bit greyscale PNG"),
-        (lambda label: Image.fromarray(label > 5), "is a 1-bit greyscale PNG"),
+        (_rgb, "holds 8-bit RGB pixels"),
+        (lambda label: _rgb(label).convert("RGBA"), "holds 8-bit RGBA pixels"),
+        (lambda label: Image.fromarray(label).convert("LA"), r"holds 8-bit greyscale \+ alpha pixels"),
+        (lambda label: Image.fromarray(label.astype(np.uint16)), "holds 16-bit greyscale pixels"),
+        (lambda label: Image.fromarray(label > 5), "holds 1-bit greyscale pixels"),
     ],
     ids=["RGB", "RGBA", "alpha", "16-bit", "1-bit"],
 )
@@ -460,7 +460,7 @@ def test_setup_finds_a_bad_file_of_any_split_before_the_first_step(split: str, t
 def test_setup_finds_every_label_of_a_wrong_kind_in_large_splits(tmp_path: Path) -> None:
     data = camvid_folders(tmp_path, {"val": 40})
     save(tmp_path / "valannot" / "0004.png", picture(0)[0])
-    with pytest.raises(ValueError, match=r"valannot/0004\.png is a 8-bit RGB PNG"):
+    with pytest.raises(ValueError, match=r"valannot/0004\.png holds 8-bit RGB pixels"):
         module(data).setup("validate")
 
 

@@ -80,7 +80,7 @@ def _label_header(path: Path) -> tuple[int, int, int]:
     _, _, width, height, bits, colour_type = _PNG_HEADER.unpack(start)
     if colour_type != _PALETTE and (bits, colour_type) != (8, _GREY):  # decoders stretch the values of fewer bits
         kind = _COLOUR_TYPES.get(colour_type, f"colour type {colour_type}")
-        raise ValueError(f"label {path} is a {bits}-bit {kind} PNG; accepted: {_ACCEPTED_LABEL}")
+        raise ValueError(f"label {path} holds {bits}-bit {kind} pixels; accepted: {_ACCEPTED_LABEL}")
     return height, width, colour_type
 
 

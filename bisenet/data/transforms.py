@@ -91,9 +91,8 @@ class ScaleCrop(A.DualTransform):
         rows = min(corner[0] + self.crop[0], scaled_size[0]) - top
         columns = min(corner[1] + self.crop[1], scaled_size[1]) - left
         step_y, step_x = source.shape[0] / scaled_size[0], source.shape[1] / scaled_size[1]
-        to_source = np.array(
-            [[step_x, 0, (left + 0.5) * step_x - 0.5], [0, step_y, (top + 0.5) * step_y - 0.5]]
-        )  # pixel centres lie at + 0.5
+        # Pixel centres lie at + 0.5, at both scales.
+        to_source = np.array([[step_x, 0, (left + 0.5) * step_x - 0.5], [0, step_y, (top + 0.5) * step_y - 0.5]])
         inside = cv2.warpAffine(
             source,
             to_source,

@@ -107,15 +107,15 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     log.info("run directory: %s", run_dir)
     started = time.perf_counter()
     seed_everything(typed.init_seed, verbose=False)  # dropout; independent of how the network was built
-    trainer.fit(module, data, ckpt_path=last if continued else None, weights_only=True)
-    if trainer.interrupted:
+    try:
+        trainer.fit(module, data, ckpt_path=last if continued else None, weights_only=True)
+    except (KeyboardInterrupt, SystemExit):
         log.warning("interrupted; to continue: python scripts/train.py resume=%s", run_dir)
-        raise KeyboardInterrupt
-    seconds = time.perf_counter() - started
-
+        raise
     results = {
         "name": typed.name,
-        "train_seconds": round(seconds, 1),
+        "step": trainer.global_step,
+        "train_seconds": round(time.perf_counter() - started, 1),  # since the last start of a run that was resumed
         **_evaluate(trainer, module, data, typed.data.report_split, run_dir),
     }
     if best.best_model_path:
@@ -149,7 +149,7 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> dict[str, Any]:
     typed.data.workers = typed.data.workers if cfg.workers is None else cfg.workers
     split = cfg.split or typed.data.report_split
 
-    data = SegmentationDataModule(typed.data, typed.augment, seed=typed.data_seed)
+    data = SegmentationDataModule(typed.data, typed.augment, seed=typed.data_seed, table=read.classes)
     data.prepare_data()
     module = build(trained, read.classes)
     module.segmenter.network.load_state_dict(read.weights)
@@ -165,9 +165,9 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> dict[str, Any]:
     )
     results = {
         "name": typed.name,
+        "step": read.step,
         "checkpoint": str(read.path),
         **_evaluate(trainer, module, data, split, run_dir),
-        "step": read.step,
     }
     report.write_json(run_dir / "provenance.json", provenance(typed))
     report.write_json(run_dir / "results.json", results)
@@ -202,8 +202,9 @@ def build(cfg: DictConfig, classes: ClassTable) -> SegmentationModule:
 
 
 def _segmenter(cfg: DictConfig, classes: ClassTable) -> Segmenter:
-    seed_everything(cfg.init_seed, verbose=False)
-    network = config.instantiate(cfg.model.network, n_classes=classes.num_classes)
+    with torch.random.fork_rng(devices=[]):  # networks are built on the CPU; the caller's generators are not ours
+        torch.manual_seed(cfg.init_seed)
+        network = config.instantiate(cfg.model.network, n_classes=classes.num_classes)
     return Segmenter(network, classes, list(cfg.data.mean), list(cfg.data.std), config.typed(cfg.protocol))
 
 
@@ -256,7 +257,6 @@ def _evaluate(
         "miou": scores.miou,
         "split": split,
         "protocol": module.segmenter.protocol.name,
-        "step": trainer.global_step,
         "scores": table,
     }
 

@@ -2,37 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
-
-class Rule(Protocol):
-    """Which parameters a group takes and how they are trained."""
-
-    @property
-    def layers(self) -> Sequence[str] | None:
-        """Dotted names of modules whose parameters match; None: every parameter; empty: the rule is switched off."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """``weight`` (two or more dimensions), ``norm_bias`` (at most one) or ``any``."""
-        ...
-
-    @property
-    def lr_multiplier(self) -> float:
-        """Factor of the optimizer's learning rate."""
-        ...
-
-    @property
-    def weight_decay(self) -> float | None:
-        """None: the optimizer's."""
-        ...
+from bisenet.config import GroupRule
 
 
 def parameter_groups(
-    network: nn.Module, rules: Mapping[str, Rule], lr: float, weight_decay: float
+    network: nn.Module, rules: Mapping[str, GroupRule], lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters: each goes to the first rule that matches it.
 
@@ -85,7 +63,7 @@ def parameter_groups(
     ]
 
 
-def _matches(rule: Rule, path: str, parameter: nn.Parameter) -> bool:
+def _matches(rule: GroupRule, path: str, parameter: nn.Parameter) -> bool:
     is_weight = parameter.ndim > 1
     inside = rule.layers is None or any(path.startswith(f"{layer}.") for layer in rule.layers)
     return inside and (rule.kind == "any" or is_weight == (rule.kind == "weight"))

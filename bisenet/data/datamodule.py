@@ -58,20 +58,18 @@ class SegmentationDataModule(L.LightningDataModule):
         data: the data set.
         augment: training augmentation.
         seed: keys order and augmentation of the training samples.
-
-    Attributes:
-        table: the class table.
+        table: class table; by default the one that ``data.classes`` names.
 
     Raises:
         ValueError: a mistake in the class table; with :meth:`setup` or the loaders, in the data set.
     """
 
-    def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int) -> None:
+    def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, table: ClassTable | None = None) -> None:
         super().__init__()
         self.data = data
         self.augment = augment
         self.seed = seed
-        self.table = ClassTable.load(data.classes)
+        self.table = ClassTable.load(data.classes) if table is None else table
         self._samples: dict[str, list[Sample]] = {}
 
     def prepare_data(self) -> None:

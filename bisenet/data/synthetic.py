@@ -24,7 +24,7 @@ Size = tuple[int, int]  # height, width in pixels
 Pair = tuple[float, float]
 Colour = tuple[float, float, float]  # RGB in 0..255
 
-GENERATOR = 1
+GENERATOR = 2
 """Version of the scenes, to be raised whenever the same parameters give other pixels."""
 SPLITS = ("train", "val", "test")
 MANIFEST = "synthetic.json"
@@ -50,30 +50,27 @@ for _name, _strength in {
 }.items():
     _TEXTURE[:, _ID[_name]] = _strength
 
-# fmt: off
-_FACADES = ((205, 188, 155), (188, 132, 108), (158, 84, 66), (176, 176, 172), (216, 208, 196), (196, 172, 112),
-            (142, 126, 116), (168, 150, 158), (120, 130, 142))
-_STONES = ((150, 108, 74), (134, 112, 92), (160, 122, 84))
-_RAILINGS = ((30, 56, 48), (40, 42, 48), (62, 92, 128))
+# Hues that differ between classes make a network of a few hundred steps see them, as size and shape do for longer ones.
+_FACADES = ((226, 208, 170), (222, 216, 206), (188, 188, 186), (220, 196, 130), (214, 176, 164), (168, 180, 196))
+_BRICKS = ((150, 84, 52), (138, 76, 58), (162, 98, 60))
+_RAILINGS = ((22, 92, 84), (26, 110, 92), (30, 84, 100))
 _LEAVES = ((44, 84, 34), (58, 98, 40), (38, 74, 44), (76, 104, 44))
-_CARS = ((196, 200, 204), (34, 36, 40), (232, 232, 230), (44, 70, 122), (150, 28, 30), (92, 98, 104), (70, 92, 84))
-_CABS = ((40, 96, 190), (196, 196, 196), (30, 130, 84), (170, 40, 36))
-_CARGO = ((226, 226, 220), (206, 214, 222), (70, 110, 150))
-_BUSES = ((232, 184, 24), (206, 32, 40), (238, 140, 24))
-_TRAMS = ((20, 118, 108), (30, 70, 60), (64, 60, 130))
-_FRAMES = ((28, 110, 190), (200, 40, 44), (30, 140, 90), (220, 220, 220))
-_TANKS = ((176, 20, 24), (24, 24, 28), (30, 60, 150), (190, 90, 16))
-_COATS = ((28, 34, 58), (34, 34, 36), (120, 36, 40), (150, 128, 100), (90, 92, 98), (60, 44, 36), (196, 190, 182))
-_TROUSERS = ((38, 44, 66), (48, 46, 44), (92, 80, 66))
-_BRIGHT_COATS = ((206, 224, 40), (244, 128, 24), (236, 80, 150), (40, 190, 214))
+_CARS = ((196, 200, 204), (34, 36, 40), (232, 232, 230), (92, 98, 104), (150, 28, 30), (176, 166, 148))
+_CABS = ((236, 236, 232), (36, 90, 190), (210, 214, 220))
+_CARGO = ((30, 84, 180), (44, 110, 200), (40, 64, 160))
+_BUSES = ((232, 184, 24), (238, 140, 24))
+_TRAMS = ((110, 50, 150), (140, 40, 120), (84, 52, 140))
+_FRAMES = ((20, 170, 200), (40, 190, 170), (90, 200, 220))
+_TANKS = ((214, 60, 20), (196, 84, 16))
+_COATS = ((150, 30, 60), (110, 40, 110), (176, 60, 90), (60, 50, 90), (90, 30, 50))
+_TROUSERS = ((38, 44, 66), (48, 46, 54), (30, 50, 90))
+_BRIGHT_COATS = ((206, 224, 40), (244, 128, 24), (230, 210, 30))
 _SKINS = ((224, 182, 152), (192, 142, 110), (118, 80, 60))
 _HAIR = ((40, 30, 24), (90, 66, 40), (30, 30, 32))
-# fmt: on
 
 # ---------------------------------------------------------------- shapes: vertices (..., 2), or (..., 3) in the world
 
 _SQUARE = np.array([(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
-_DIAMOND = np.array([(-0.7, 0.0), (0.0, -0.7), (0.7, 0.0), (0.0, 0.7)])
 _TRIANGLE = np.array([(-0.5, -0.43), (0.5, -0.43), (0.0, 0.43)])
 _CIRCLE = np.array([(math.cos(a), math.sin(a)) for a in np.linspace(0, 2 * math.pi, 16, endpoint=False)])
 _CUBE = np.array([(a, b, c) for c in (0.0, 1.0) for a, b in ((-1, -1), (-1, 1), (1, 1), (1, -1))])  # ahead, right, up
@@ -327,7 +324,7 @@ def _building(canvas: _Canvas, x: float, far: float, near: float) -> None:
 def _wall(canvas: _Canvas, x: float, far: float, near: float) -> None:
     """A free-standing wall of stones with a cap, trees behind."""
     _grove(canvas, x + math.copysign(3, x), far, near)
-    height, stone = canvas.rng.uniform(2.4, 3.8), canvas.vary(*_STONES)
+    height, stone = canvas.rng.uniform(2.4, 3.8), canvas.vary(*_BRICKS)
     centre = (x + math.copysign(0.3, x), (near + far) / 2)
     for name, face in canvas.box(centre, (far - near, 0.6, height), stone, "wall").items():
         blocks = _grid(1 if name == "rear" else round((far - near) / 1.1), 7, (0.92, 0.86), 0, 0.9)
@@ -338,14 +335,12 @@ def _wall(canvas: _Canvas, x: float, far: float, near: float) -> None:
 
 
 def _fence(canvas: _Canvas, x: float, far: float, near: float) -> None:
-    """Metal railings, seen through, or boards; a meadow and trees behind."""
+    """Metal railings with a mesh, half seen through; a meadow and trees behind."""
     _grove(canvas, x + math.copysign(4, x), far, near)
-    height, open_ = canvas.rng.uniform(1.6, 2.6), canvas.rng.random() < 0.6
+    height, colour = canvas.rng.uniform(1.8, 2.8), canvas.vary(*_RAILINGS)
     panel = np.array([(x, 0, near), (x, 0, far), (x, height, far), (x, height, near)])
-    colour = canvas.vary(*_RAILINGS) if open_ else canvas.vary((176, 134, 92))
-    canvas.glaze(panel, colour, 0.25 if open_ else 0.9, "fence")
-    bars = _grid(round((far - near) / 0.45), 1, (0.34 if open_ else 0.8, 1))
-    canvas.decals(_Face.over(panel, "fence"), colour, bars)
+    canvas.glaze(panel, colour, 0.5, "fence")
+    canvas.decals(_Face.over(panel, "fence"), colour, _grid(round((far - near) / 0.45), 1, (0.4, 1)))
     canvas.panes(_Face.over(panel, "fence", 0.8), colour, (0, 0.86, 1, 0.95), (0, 0.12, 1, 0.2))
 
 
@@ -379,8 +374,8 @@ def _tree(canvas: _Canvas, x: float, z: float) -> None:
 
 def _lamp(canvas: _Canvas, x: float, z: float) -> None:
     grey, arm = canvas.vary((116, 120, 122)), -math.copysign(1.8, x)
-    canvas.card((x, z), _limb((0, 0), (0, 6.5), 0.26), grey, "pole")
-    canvas.card((x, z), _limb((0, 6.4), (arm, 6.8), 0.16), grey, "pole")
+    canvas.card((x, z), _limb((0, 0), (0, 6.5), 0.32), grey, "pole")
+    canvas.card((x, z), _limb((0, 6.4), (arm, 6.8), 0.2), grey, "pole")
     canvas.card((x, z), _limb((0, 0), (0, 1.1), 0.4), grey, "pole", 0.8)
 
 
@@ -389,15 +384,14 @@ _SIGNS = (  # outline, rim, field
     (_CIRCLE / 2, (24, 74, 170), (24, 84, 190)),
     (_TRIANGLE, (204, 26, 34), (246, 244, 238)),
     (_SQUARE - 0.5, (244, 244, 240), (20, 84, 180)),
-    (_DIAMOND, (250, 250, 246), (250, 196, 20)),
 )
 
 
 def _sign(canvas: _Canvas, x: float, z: float) -> None:
     """A post with one sign or two."""
     rng, at = canvas.rng, (x, z)
-    height, size = rng.uniform(2.3, 2.9), rng.uniform(0.75, 1.0)
-    canvas.card(at, _limb((0, 0), (0, height), 0.17), canvas.vary((132, 136, 138)), "pole")
+    height, size = rng.uniform(2.3, 2.9), rng.uniform(0.95, 1.25)
+    canvas.card(at, _limb((0, 0), (0, height), 0.2), canvas.vary((132, 136, 138)), "pole")
     for _ in range(rng.randint(1, 2)):
         outline, rim, field = rng.choice(_SIGNS)
         canvas.card(at, outline * size + (0, height), rim, "traffic sign")
@@ -419,13 +413,15 @@ def _lights(canvas: _Canvas, x: float, z: float) -> None:
     rng, at, shining = canvas.rng, (x, z), canvas.rng.randrange(3)
     arm = -math.copysign(rng.uniform(2.4, 4.0), x) if rng.random() < 0.5 else 0.0
     grey = canvas.vary((104, 108, 106))
-    canvas.card(at, _limb((0, 0), (0, 5.4 if arm else 2.6), 0.22), grey, "pole")
+    canvas.card(at, _limb((0, 0), (0, 5.4 if arm else 2.6), 0.28), grey, "pole")
     if arm:
-        canvas.card(at, _limb((0, 5.3), (arm, 5.5), 0.16), grey, "pole")
-    for u, v in ((0.0, 2.4), (arm, 4.7))[: 2 if arm else 1]:
-        canvas.card(at, _rectangles((u - 0.28, v, u + 0.28, v + 1.4))[0], (22, 24, 26), "traffic light")
+        canvas.card(at, _limb((0, 5.3), (arm, 5.5), 0.2), grey, "pole")
+    for u, v in ((0.0, 2.4), (arm, 4.6))[: 2 if arm else 1]:
+        plate, case = _rectangles((u - 0.45, v - 0.1, u + 0.45, v + 1.75), (u - 0.3, v, u + 0.3, v + 1.65))
+        canvas.card(at, plate, (248, 186, 24), "traffic light")
+        canvas.card(at, case, (22, 24, 26), "traffic light")
         for number, (on, off) in enumerate(_LAMPS):
-            lamp = _ellipse(u, v + 0.26 + 0.44 * number, 0.4, 0.4)
+            lamp = _ellipse(u, v + 0.3 + 0.52 * number, 0.46, 0.46)
             canvas.card(at, lamp, on if number == shining else off, "traffic light")
 
 
@@ -443,7 +439,7 @@ def _clutter(canvas: _Canvas, x: float, z: float) -> None:
 
 def _person(canvas: _Canvas, x: float, z: float) -> None:
     rng = canvas.rng
-    tall, stride = rng.uniform(0.88, 1.1), rng.uniform(-0.22, 0.22)
+    tall, stride = rng.uniform(0.95, 1.2), rng.uniform(-0.22, 0.22)
     coat, trousers = canvas.vary(*_COATS), canvas.vary(*_TROUSERS)
     canvas.shadow((x - 0.35, x + 0.35), (z - 0.2, z + 0.4))
 
@@ -465,17 +461,18 @@ def _cycle(canvas: _Canvas, x: float, z: float, name: str, ridden: bool) -> None
     rng, motor = canvas.rng, name == "motorcycle"
     ahead = rng.choice((-1, 1)) * rng.uniform(0.6, 1.0)
     radius, base = (0.36, 0.72) if motor else (0.37, 0.56)
+    wheel = (64, 50, 46) if motor else (176, 206, 210)
     canvas.shadow((x - 0.9, x + 0.9), (z - 0.2, z + 0.3))
 
     def part(outline: np.ndarray, colour: Colour, label: str = name, light: float = 1.0) -> None:
         canvas.card((x, z), outline * (ahead, 1), colour, label, light)
 
     for hub in (-base, base):
-        for scale, colour in ((2.0, (24, 24, 26)), (1.5, (144, 145, 147)), (0.5, (60, 60, 64))):
+        for scale, colour in ((2.0, (24, 24, 26)), (1.5, wheel), (0.5, (60, 60, 64))):
             part(_ellipse(hub, radius, scale * radius, scale * radius), colour)
     if motor:
-        part(np.array([(-0.5, 0.42), (0.42, 0.42), (0.5, 0.8), (0.2, 1.02), (-0.6, 0.82)]), (56, 56, 60))
-        tank = np.array([(-0.1, 0.68), (0.46, 0.66), (0.52, 0.98), (0.1, 1.08), (-0.16, 0.9)])
+        part(np.array([(-0.5, 0.42), (0.42, 0.42), (0.5, 0.8), (0.2, 1.02), (-0.6, 0.82)]), (70, 44, 40))
+        tank = np.array([(-0.55, 0.7), (0.46, 0.6), (0.56, 0.98), (0.1, 1.1), (-0.6, 0.9)])
         part(tank, canvas.vary(*_TANKS))
         part(_limb((-0.95, 0.86), (-0.1, 0.9), 0.2), (26, 26, 28))  # seat
         part(_limb((0.42, 1.0), (base, radius), 0.12), (170, 172, 176))  # fork
@@ -483,10 +480,12 @@ def _cycle(canvas: _Canvas, x: float, z: float, name: str, ridden: bool) -> None
         part(_limb((-0.9, 0.4), (-0.1, 0.36), 0.12), (190, 192, 196))  # exhaust
     else:
         frame = canvas.vary(*_FRAMES)
+        hull = np.array([(-base, radius), (-0.18, 0.9), (0.4, 0.94), (base, radius), (-0.02, 0.34)])
+        canvas.glaze(np.column_stack([hull * (ahead, 1) + (x, 0), np.full(5, z)]), frame, 0.3, "bicycle")
         rear, saddle, head, crank, front = (-base, radius), (-0.18, 0.9), (0.4, 0.94), (-0.02, 0.34), (base, radius)
         tubes = ((rear, saddle), (saddle, head), (head, crank), (saddle, crank), (rear, crank), (head, front))
         for start, end in tubes:
-            part(_limb(start, end, 0.09), frame)
+            part(_limb(start, end, 0.11), frame)
         part(_limb((-0.36, 1.0), (-0.04, 1.0), 0.1), (28, 28, 30))  # saddle
         part(_limb((0.3, 1.1), (0.5, 1.08), 0.09), (40, 40, 44))  # handlebar
     if ridden:
@@ -633,7 +632,7 @@ class _Street:
         self.parking = {side: 2.2 * (rng.random() < 0.5) for side in (-1, 1)}
         self.edge = {side: max(side * x for x in self.lanes) + _LANE / 2 + self.parking[side] for side in (-1, 1)}
         self.walk = {side: rng.uniform(2.2, 3.6) for side in (-1, 1)}
-        self.meadow = {side: rng.uniform(2.2, 5.0) * (rng.random() < 0.7) for side in (-1, 1)}
+        self.meadow = {side: rng.uniform(3.0, 6.0) * (rng.random() < 0.75) for side in (-1, 1)}
         self.crossing = rng.uniform(15, 26) if rng.random() < 0.5 else math.inf
         self.things: list[tuple[float, float, float, Callable[[], None]]] = []
         for side in (-1, 1):
@@ -672,7 +671,7 @@ class _Street:
             if near < self.crossing + 6.5 and far > self.crossing - 6.5:
                 far = self.crossing - 6.5
             if far - near > 3:
-                kind = self.rng.choices((_building, _wall, _fence, _park), (0.42, 0.2, 0.26, 0.12))[0]
+                kind = self.rng.choices((_building, _wall, _fence, _park), (0.4, 0.22, 0.28, 0.1))[0]
                 self.place(kind, x, far, near)
                 near = far
             else:
@@ -694,9 +693,9 @@ class _Street:
             z = self.crossing - 5 if self.crossing < math.inf else rng.uniform(7, 14)
             self.place(_lights, side * (kerb + 0.3), z, band=kerb)
         for most, deepest, thing, more in (
-            (5, 22, _person, ()),
-            (2, 18, _cycle, ("bicycle", False)),
-            (1, 18, _cycle, ("motorcycle", False)),
+            (6, 17, _person, ()),
+            (3, 15, _cycle, ("bicycle", False)),
+            (2, 15, _cycle, ("motorcycle", False)),
             (1, 20, _clutter, ()),
         ):
             for _ in range(rng.randint(0, most)):
@@ -709,15 +708,15 @@ class _Street:
         while self.parking[side] and z < 50:
             self.place(_vehicle, x, z, _car, 0.0 if side > 0 else math.pi)
             z += rng.uniform(5.2, 14)
-        if rng.random() < 0.8:
+        for z in (rng.uniform(6, 9), rng.uniform(10, 15))[: rng.randint(0, 2)]:
             x = side * (self.edge[side] - self.parking[side] - 0.7)
-            self.place(_cycle, x, rng.uniform(6, 14), rng.choice(("bicycle", "bicycle", "motorcycle")), True)
+            self.place(_cycle, x, z, rng.choice(("bicycle", "motorcycle")), True)
 
     def drive(self, x: float) -> None:
         """Traffic of one lane; trams only come towards us, left of the middle."""
         z = self.rng.uniform(10, 20) if x == 0 else self.rng.uniform(7, 16)
         while z < 60:
-            kind = self.rng.choices(tuple(_LENGTH), (0.5, 0.2, 0.2, 0.3 if x < 0 else 0.0))[0]
+            kind = self.rng.choices(tuple(_LENGTH), (0.45, 0.25, 0.2, 0.3 if x < 0 else 0.0))[0]
             half = _LENGTH[kind] / 2
             z += half
             if abs(z - self.crossing) > half + 5:
@@ -728,7 +727,7 @@ class _Street:
         """Traffic on the street that crosses ours, and people in front of it."""
         rng = self.rng
         if rng.random() < 0.75:
-            kind, turn = rng.choices(tuple(_LENGTH), (0.3, 0.2, 0.2, 0.3))[0], rng.choice((-1, 1))
+            kind, turn = rng.choices(tuple(_LENGTH), (0.2, 0.3, 0.25, 0.25))[0], rng.choice((-1, 1))
             x, z, yaw = rng.uniform(-9, 9), self.crossing + 2 * turn, turn * math.pi / 2
             self.place(_vehicle, x, z, kind, yaw, band=0, crosses=True)
         for _ in range(rng.randint(0, 3)):
@@ -744,7 +743,7 @@ class _Street:
     def pave(self) -> None:
         """Road, kerbs, pavements and grass, the markings, and the shade of the houses."""
         canvas, rng, edge, deep = self.canvas, self.rng, self.edge, (_NEAR, _FAR)
-        asphalt, slab, white = canvas.vary((88, 88, 94)), canvas.vary((172, 160, 150)), (226, 226, 220)
+        asphalt, slab, white = canvas.vary((84, 86, 94)), canvas.vary((196, 164, 146)), (226, 226, 220)
         for side in (-1, 1):
             inner, outer = side * edge[side], side * (edge[side] + self.walk[side])
             canvas.strip((outer, outer + side * 30), deep, canvas.vary((132, 144, 74)), "terrain")

@@ -46,7 +46,7 @@ def locate(path: str | PathLike[str]) -> Path:
     file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
-            f"no checkpoint at {file}; accepted: a .ckpt file or a run directory with checkpoints/last.ckpt"
+            f"checkpoint: no file {file}; accepted: a .ckpt file, or a run directory with checkpoints/last.ckpt"
         )
     return file
 
@@ -60,7 +60,7 @@ def read(path: str | PathLike[str]) -> Checkpoint:
     """
     file = locate(path)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as a checkpoint of tensors and plain values: {error}") from error
     if not isinstance(content, dict) or _KEY not in content:

@@ -22,6 +22,7 @@ from typing import Any, get_args
 import hydra.utils
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
@@ -225,6 +226,10 @@ class OptimizerConfig:
     """Name -> rule, in order."""
 
     def __post_init__(self) -> None:
+        for key in ("lr", "weight_decay"):
+            value = self.algorithm.get(key) if isinstance(self.algorithm, dict) else None
+            ok = type(value) in (int, float) and 0 <= value < math.inf
+            _require(ok, f"algorithm.{key}", value, "a number of at least 0")
         ok = 0 <= self.output_lr_multiplier < math.inf
         _require(ok, "output_lr_multiplier", self.output_lr_multiplier, "a number of at least 0")
         _require(len(self.groups) > 0, "groups", dict(self.groups), "at least one rule")
@@ -375,11 +380,13 @@ class EvaluateConfig:
         _require_one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
 
 
+_SCHEMAS: dict[str, type] = {"train": TrainConfig, "evaluate": EvaluateConfig}
+
+
 def register() -> None:
     """Give Hydra the schemas and the two resolvers that name a run's folders."""
-    store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="evaluate_schema", node=EvaluateConfig)
+    for name, schema in _SCHEMAS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     OmegaConf.register_new_resolver("run_dir", _run_dir, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("config_subdir", _config_subdir, use_cache=True, replace=True)
 
@@ -396,7 +403,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
             try:
                 hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(task)()
             except SystemExit as stop:
-                if stop.code and (hint := _explain(stop.__context__)):
+                if stop.code and (hint := _explain(stop.__context__, _SCHEMAS[config_name])):
                     print(hint, file=sys.stderr)
                 raise
 
@@ -418,6 +425,8 @@ def overrides() -> list[str]:
 def _run_dir(resume: str | None, name: str) -> str:
     """Folder of a run: the one that is resumed, or a new one that nobody has."""
     if resume is not None:
+        if not (Path(resume) / ".hydra" / "config.yaml").is_file():
+            raise ValueError(f"resume: got {resume!r}, accepted: the directory of a run, outputs/<name>/<date_time>")
         return resume
     folder = new = Path("outputs", name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     for number in range(2, 1000):
@@ -427,9 +436,13 @@ def _run_dir(resume: str | None, name: str) -> str:
     return str(new)
 
 
-def _config_subdir(resume: str | None) -> str:
-    """Hydra's folder within the run; a resumption keeps its own, so that the original record stays as it was."""
-    return ".hydra" if resume is None else f".hydra/resumed_{datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}"
+def _config_subdir(resume: str | None, run_dir: str) -> str:
+    """Hydra's folder within the run. Evaluated before Hydra writes there: what a run has recorded stays as it was."""
+    if resume is not None:
+        return f".hydra/resumed_{datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}"
+    if (Path(run_dir) / ".hydra" / "config.yaml").exists():
+        raise ValueError(f"{run_dir} holds a run already; resume={run_dir} continues it, another directory starts anew")
+    return ".hydra"
 
 
 def check(cfg: DictConfig) -> None:
@@ -475,6 +488,12 @@ def check_targets(cfg: DictConfig, passed: dict[str, tuple[str, ...]]) -> None:
         cfg: the composed configuration.
         passed: path of a node -> arguments that the code passes in addition to those written in the node.
     """
+    open_nodes = {"model.network": cfg.model.network, "optimizer.algorithm": cfg.optimizer.algorithm}
+    for group in ("callbacks", "logger"):
+        open_nodes |= {f"{group}.{name}": node for name, node in cfg[group].items()}
+    for path, node in open_nodes.items():
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise ValueError(f"{path}: got {node}, accepted: a node with a _target_, the dotted path of a class")
     for path, node in _target_nodes(cfg):
         target = _locate(path, node["_target_"])
         written = {str(key): None for key in node if not str(key).startswith("_")}
@@ -482,7 +501,9 @@ def check_targets(cfg: DictConfig, passed: dict[str, tuple[str, ...]]) -> None:
             inspect.signature(target).bind(**written, **dict.fromkeys(passed.get(path, ())))
         except TypeError as error:
             accepted = [p for p in inspect.signature(target).parameters if p not in passed.get(path, ())]
-            raise ValueError(f"{path}: {node['_target_']}: {error}; accepted: {', '.join(accepted)}") from error
+            raise ValueError(
+                f"{path}: {node['_target_']}: {error}; accepted: {', '.join(accepted)} (~{path}.<key> takes one away)"
+            ) from error
 
 
 def _target_nodes(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
@@ -505,9 +526,12 @@ def _locate(path: str, name: str) -> Any:
         ) from error
 
 
-def instantiate(node: DictConfig, *args: Any, **kwargs: Any) -> Any:
-    """Build a ``_target_`` node from plain Python values."""
-    return hydra.utils.instantiate(OmegaConf.create(plain(node)), *args, **kwargs, _convert_="all")
+def instantiate(path: str, node: DictConfig, **kwargs: Any) -> Any:
+    """Build the ``_target_`` node at ``path`` from plain Python values; what it raises becomes a ValueError."""
+    try:
+        return hydra.utils.instantiate(OmegaConf.create(plain(node)), **kwargs, _convert_="all")
+    except InstantiationException as error:
+        raise ValueError(f"{path}: {error.__cause__ or error}") from error
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -536,12 +560,9 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         overrides: what was said there; only what cannot change the result may differ from the stored run.
 
     Raises:
-        FileNotFoundError: no run there.
-        ValueError: an override that could change the result.
+        ValueError: no run there, or an override that could change the result.
     """
-    file = Path(cfg.resume) / ".hydra" / "config.yaml"
-    if not file.is_file():
-        raise FileNotFoundError(f"resume: no {file}; accepted: the directory of a run, outputs/<name>/<date_time>")
+    file = Path(_run_dir(cfg.resume, cfg.name)) / ".hydra" / "config.yaml"
     harmless = ("resume", "data.root", "data.workers", "trainer.accelerator", "trainer.progress")
     keys = [override.lstrip("+~").split("=", 1)[0] for override in overrides]
     refused = sorted(set(keys) - set(harmless))
@@ -561,18 +582,17 @@ def typed(node: Any) -> Any:
     return OmegaConf.to_object(node)
 
 
-def _explain(error: BaseException | None) -> str:
+def _explain(error: BaseException | None, schema: Any) -> str:
     """What is accepted where Hydra's composition failed; empty where there is nothing to add."""
     while error is not None:
         found = re.search(r"full_key: (\S+)|Could not (?:override|append) '([^']+)'|[Kk]ey '([^']+)'", str(error))
         if found:
-            return _accepted(next(group for group in found.groups() if group).lstrip("+~"))
+            return _accepted(next(group for group in found.groups() if group).lstrip("+~"), schema)
         error = error.__cause__ or error.__context__
     return ""
 
 
-def _accepted(full_key: str) -> str:
-    schema: Any = TrainConfig
+def _accepted(full_key: str, schema: Any) -> str:
     path: list[str] = []
     for part in full_key.split("."):
         known = {f.name: f.type for f in fields(schema)}

@@ -15,7 +15,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
@@ -65,10 +64,9 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     _quiet()
 
     data = SegmentationDataModule(typed.data, typed.augment, seed=typed.data_seed)
+    module = build(cfg, data.table)  # first, since it is quick: what cannot be built needs no data
     data.prepare_data()
-    data.setup("fit")
-    data.setup("test")
-    module = build(cfg, data.table)
+    data.setup()
 
     last = run_dir / "checkpoints" / "last.ckpt"
     continued = resumed and last.exists()
@@ -92,12 +90,12 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         num_sanity_val_steps=0 if continued else 2,
         logger=[
             csv_logger(run_dir, resumed_step=checkpoint.read(last).step if continued else 0 if resumed else None),
-            *(config.instantiate(node) for node in cfg.logger.values()),
+            *(config.instantiate(f"logger.{name}", node) for name, node in cfg.logger.items()),
         ],
         callbacks=[
             clock,
             *([ProgressBar(clock, every=typed.trainer.log_interval)] if typed.trainer.progress else []),
-            *(config.instantiate(node) for node in cfg.callbacks.values()),
+            *(config.instantiate(f"callbacks.{name}", node) for name, node in cfg.callbacks.items()),
             best,
             LastCheckpoint(last, every=typed.trainer.checkpoint_interval),
         ],
@@ -150,7 +148,6 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> dict[str, Any]:
     split = cfg.split or typed.data.report_split
 
     data = SegmentationDataModule(typed.data, typed.augment, seed=typed.data_seed, table=read.classes)
-    data.prepare_data()
     module = build(trained, read.classes)
     module.segmenter.network.load_state_dict(read.weights)
     trainer = Trainer(
@@ -189,22 +186,26 @@ def build(cfg: DictConfig, classes: ClassTable) -> SegmentationModule:
     segmenter = _segmenter(cfg, classes)
     rate = partial(_SCHEDULES[typed.scheduler.name], **_schedule_arguments(typed.scheduler, typed.trainer.max_steps))
 
-    def optimizer(network: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    def groups(network: nn.Module) -> list[dict[str, Any]]:
         algorithm = cfg.optimizer.algorithm
-        groups = parameter_groups(network, typed.optimizer.groups, lr=algorithm.lr, weight_decay=algorithm.weight_decay)
-        log.info("parameter groups:\n%s", describe_groups(groups))
-        built = config.instantiate(algorithm, params=groups)
+        return parameter_groups(network, typed.optimizer.groups, lr=algorithm.lr, weight_decay=algorithm.weight_decay)
+
+    def optimizer(network: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        built = config.instantiate("optimizer.algorithm", cfg.optimizer.algorithm, params=groups(network))
         return built, torch.optim.lr_scheduler.LambdaLR(built, rate)
 
-    return SegmentationModule(
-        segmenter, DeepSupervision(_criterion(typed.loss, classes), typed.loss.aux_weight), optimizer, config.plain(cfg)
-    )
+    optimizer(segmenter.network)  # raises now what would otherwise wait until the data have been read
+    log.info("parameter groups:\n%s", describe_groups(groups(segmenter.network)))
+    loss = DeepSupervision(_criterion(typed.loss, classes), typed.loss.aux_weight)
+    return SegmentationModule(segmenter, loss, optimizer, config.plain(cfg))
 
 
 def _segmenter(cfg: DictConfig, classes: ClassTable) -> Segmenter:
     with torch.random.fork_rng(devices=[]):  # networks are built on the CPU; the caller's generators are not ours
         torch.manual_seed(cfg.init_seed)
-        network = config.instantiate(cfg.model.network, n_classes=classes.num_classes)
+        network = config.instantiate("model.network", cfg.model.network, n_classes=classes.num_classes)
+    if missing := [name for name in ("head_names", "align_corners") if not hasattr(network, name)]:
+        raise ValueError(f"model.network: {type(network).__name__} has no {missing}; see bisenet.networks.blocks")
     return Segmenter(network, classes, list(cfg.data.mean), list(cfg.data.std), config.typed(cfg.protocol))
 
 
@@ -247,12 +248,7 @@ def _evaluate(
         classes,
         figures / "predictions.png",
     )
-    np.savez_compressed(
-        run_dir / f"counts_{split}_{module.segmenter.protocol.name}.npz",
-        confusion=scores.confusion,
-        image_index=scores.image_index,
-        per_image=scores.per_image,
-    )
+    report.write_counts(run_dir / f"counts_{split}_{module.segmenter.protocol.name}.npz", scores)
     return {
         "miou": scores.miou,
         "split": split,

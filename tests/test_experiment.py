@@ -166,11 +166,25 @@ def test_resuming_a_finished_run_shows_it_and_changes_nothing(finished: Path) ->
 
 
 def test_nothing_that_exists_is_overwritten(finished: Path, scenes: list[str]) -> None:
-    before = (finished / "results.json").read_text()
+    def files() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in finished.rglob("*.*") if p.is_file() and p.suffix != ".log"}
+
+    before = files()
     done = train(finished.parent, "run", *scenes, "seed=1")
     assert done.returncode != 0
-    assert "provenance.json" in done.stderr
-    assert (finished / "results.json").read_text() == before
+    assert "holds a run already" in done.stderr
+    assert files() == before
+    typo = script("train.py", "resume=rum", cwd=finished.parent)
+    assert typo.returncode != 0
+    assert "resume: got 'rum'" in typo.stderr
+    assert not (finished.parent / "rum").exists()
+
+
+def test_an_evaluation_does_not_invent_the_data(finished: Path) -> None:
+    done = script("evaluate.py", f"checkpoint={finished}", "data_root=nowhere", cwd=finished.parent)
+    assert done.returncode != 0
+    assert "nowhere is not a folder" in done.stderr
+    assert not (finished.parent / "nowhere").exists()
 
 
 @pytest.mark.slow

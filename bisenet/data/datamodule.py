@@ -16,14 +16,15 @@ from bisenet.classes import ClassTable
 from bisenet.config import AugmentConfig, DataConfig
 from bisenet.data import cityscapes, listed
 from bisenet.data.dataset import EvaluationSet, TrainingBatches, TrainingSet
-from bisenet.data.samples import Sample, check_headers, read_sample
+from bisenet.data.samples import Sample, check_headers, read_mask, read_sample
 from bisenet.data.synthetic import write_synthetic
 
-_DECODED = 16  # samples of a split that are read before the first step; a second or two at the size of Cityscapes
+# What is read of a split before the first step: a few seconds at the size of Cityscapes, all labels of a small set.
+_READ_LABELS, _READ_SAMPLES = 400, 16
 
 _HELP = {
     "cityscapes": cityscapes.HELP,
-    "synthetic": "the scenes are written there by prepare_data()",
+    "synthetic": "training writes the scenes there",
     "camvid": listed.CAMVID_HELP,
     "listed": listed.LISTED_HELP,
 }
@@ -87,12 +88,14 @@ class SegmentationDataModule(L.LightningDataModule):
             self.samples(split)
 
     def samples(self, split: str) -> list[Sample]:
-        """The samples of any split of the data set, checked: all headers, and a few files by reading them."""
+        """The samples of any split, checked: all headers, the labels of a small set, and a few whole files."""
         if split not in self._samples:
             samples = list_samples(self.data, split)
             for sample in samples:
                 check_headers(sample)
-            for index in np.unique(np.linspace(0, len(samples) - 1, _DECODED).round().astype(int)):
+            for index in _spread(len(samples), _READ_LABELS):
+                read_mask(samples[index], self.table)
+            for index in _spread(len(samples), _READ_SAMPLES):
                 read_sample(samples[index], self.table)
             self._samples[split] = samples
         return self._samples[split]
@@ -140,6 +143,11 @@ class SegmentationDataModule(L.LightningDataModule):
             multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
             generator=torch.Generator(),  # else each iterator takes a number from the generator that training uses
         )
+
+
+def _spread(length: int, most: int) -> list[int]:
+    """All indices, or so many of them, evenly."""
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)).tolist()
 
 
 def _init_worker(_: int) -> None:

@@ -37,9 +37,14 @@ def read_sample(sample: Sample, table: ClassTable) -> tuple[np.ndarray, np.ndarr
             message names the file, what was found and what is accepted.
     """
     image = _read_image(sample.image)
-    mask = _read_mask(sample.label, table.train_id_table if sample.train_ids else table)
+    mask = read_mask(sample, table)
     _require_same_size(sample, image.shape[:2], mask.shape)
     return image, mask
+
+
+def read_mask(sample: Sample, table: ClassTable) -> np.ndarray:
+    """The mask of :func:`read_sample` alone, with its errors."""
+    return _read_mask(sample.label, table.train_id_table if sample.train_ids else table)
 
 
 def check_headers(sample: Sample) -> None:

@@ -227,7 +227,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for key in ("lr", "weight_decay"):
-            value = self.algorithm.get(key) if isinstance(self.algorithm, dict) else None
+            value: Any = self.algorithm.get(key) if isinstance(self.algorithm, dict) else None
             ok = type(value) in (int, float) and 0 <= value < math.inf
             _require(ok, f"algorithm.{key}", value, "a number of at least 0")
         ok = 0 <= self.output_lr_multiplier < math.inf

@@ -56,7 +56,7 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     for name, curve in _named(series, "lr/"):
         rates.setdefault(curve[1].tobytes(), ([], curve))[0].append(name)
     for names, (steps, values) in rates.values():
-        rate.plot(steps, values, _marker(values), linewidth=1.8, label=", ".join(names))
+        rate.plot(steps, values, _marker(values), linewidth=1.8, label=",\n".join(names))
         if (values > 0).any():
             rate.set_yscale("log", nonpositive="clip")
 

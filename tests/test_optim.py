@@ -40,7 +40,7 @@ def test_shipped_rules_split_the_networks_as_the_reference_does(overrides):
     with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
         cfg = compose("train", list(overrides))
     with torch.device("meta"):
-        network = config.instantiate(cfg.model.network, n_classes=19)
+        network = config.instantiate("model.network", cfg.model.network, n_classes=19)
     groups = parameter_groups(network, config.typed(cfg).optimizer.groups, lr=0.01, weight_decay=5e-4)
     sizes = {group["name"]: len(group["params"]) for group in groups}
     names = ("decay", "no_decay", "output_decay", "output_no_decay")

@@ -322,15 +322,15 @@ def _building(canvas: _Canvas, x: float, far: float, near: float) -> None:
 
 
 def _wall(canvas: _Canvas, x: float, far: float, near: float) -> None:
-    """A free-standing wall of stones with a cap, trees behind."""
+    """A free-standing brick wall with a cap, trees behind."""
     _grove(canvas, x + math.copysign(3, x), far, near)
-    height, stone = canvas.rng.uniform(2.4, 3.8), canvas.vary(*_BRICKS)
+    height, brick = canvas.rng.uniform(2.4, 3.8), canvas.vary(*_BRICKS)
     centre = (x + math.copysign(0.3, x), (near + far) / 2)
-    for name, face in canvas.box(centre, (far - near, 0.6, height), stone, "wall").items():
+    for name, face in canvas.box(centre, (far - near, 0.6, height), brick, "wall").items():
         blocks = _grid(1 if name == "rear" else round((far - near) / 1.1), 7, (0.92, 0.86), 0, 0.9)
         shade = canvas.noise.random(len(blocks))
         for least, factor in ((0.0, 1.16), (0.4, 0.86), (0.7, 1.02)):
-            canvas.decals(face, _darker(stone, factor), blocks[shade >= least])
+            canvas.decals(face, _darker(brick, factor), blocks[shade >= least])
         canvas.panes(face, (186, 176, 160), (0, 0.92, 1, 1))
 
 

@@ -4,6 +4,7 @@ Shapes: B images of H x W pixels, C channels, feature maps of h x w. H/8 stands 
 rounded up: every layer with stride 2 makes ceil(h / 2) of h.
 """
 
+from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -32,7 +33,7 @@ def require_choice(argument: str, value: str, choices: object) -> None:
         raise ValueError(f"{argument}={value!r}: expected one of {', '.join(get_args(choices))}")
 
 
-class SegmentationNetwork(nn.Module):
+class SegmentationNetwork(nn.Module, ABC):
     """A network whose heads sit on feature maps: `head_names[i]` is the submodule that reads `features(image)[i]`."""
 
     head_names: tuple[str, ...]
@@ -40,9 +41,9 @@ class SegmentationNetwork(nn.Module):
     align_corners: bool
     """How the logits are to be upsampled bilinearly to the size of the image."""
 
+    @abstractmethod
     def features(self, image: Tensor) -> tuple[Tensor, ...]:
         """Map a normalised image (B, 3, H, W) to the feature maps that the heads read, the main head's first."""
-        raise NotImplementedError
 
     def forward(self, image: Tensor) -> SegmentationOutput:
         """Map a normalised image (B, 3, H, W), H and W at least 64, to logits.

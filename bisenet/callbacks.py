@@ -10,6 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from bisenet.optim import CountingGradScaler
 
 
 class StepClock(Callback):
@@ -39,6 +42,18 @@ class StepClock(Callback):
         self.step_seconds = now - self._idle_since
         self._idle_since = now
         pl_module.log_dict({"time/step": self.step_seconds, "time/data": self.data_seconds})
+
+
+class LossScale(Callback):
+    """Logs ``precision/scale`` and ``precision/overflows`` (steps skipped so far) where fp16 gradients are scaled."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the scaler when scalars are written, since that waits for the device."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if isinstance(scaler, CountingGradScaler) and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log_dict({"precision/scale": scaler.get_scale(), "precision/overflows": scaler.overflows})
 
 
 class ProgressBar(RichProgressBar):
@@ -102,11 +117,11 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore the generators once."""
-        if self._rng is not None:
+        if self._rng is not None and trainer.is_global_zero:  # the state is that of the first process
             torch.set_rng_state(self._rng["cpu"].cpu())
             for device, state in enumerate(self._rng["cuda"][: torch.cuda.device_count()]):
                 torch.cuda.set_rng_state(state.cpu(), device)
-            self._rng = None
+        self._rng = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -141,6 +156,8 @@ def csv_logger(folder: Path, resumed_step: int | None = None) -> CSVLogger:
     file = folder / "metrics.csv"
     aside = file.with_suffix(".csv.aside")
     history: list[dict[str, Any]] = []
+    if rank_zero_only.rank != 0:
+        return CSVLogger(folder.parent, name="", version=folder.name)  # writes nothing in other processes
     if resumed_step is not None and file.exists():
         file.replace(aside)
     if aside.exists():  # also after a kill that came between the two moments when it has this name

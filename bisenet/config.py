@@ -10,6 +10,7 @@ constructor's signature (:func:`check_targets`, which imports them).
 
 import inspect
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -272,11 +273,15 @@ class TrainerConfig:
     """Write scalars every so many steps."""
     accelerator: str = "auto"
     """``auto``, ``cpu`` or ``gpu``."""
+    devices: int = 1
+    """Devices on each node (``strategy=ddp`` for more than one)."""
+    num_nodes: int = 1
+    """Machines. With more than one, torchrun is started on each of them (see the README)."""
     progress: bool = True
     """Show the progress bar."""
 
     def __post_init__(self) -> None:
-        for key in ("max_steps", "val_interval", "checkpoint_interval", "log_interval"):
+        for key in ("max_steps", "val_interval", "checkpoint_interval", "log_interval", "devices", "num_nodes"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "an integer of at least 1")
         _require_one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
 
@@ -312,6 +317,19 @@ class PrecisionConfig:
 
 
 @dataclass
+class StrategyConfig:
+    """How the work is shared out over devices."""
+
+    name: str = "single"
+    """``single`` (one process) or ``ddp`` (one process per device, gradients averaged over them)."""
+    sync_batchnorm: bool = False
+    """Batch norm over the images of all devices; takes effect on GPUs, when there are several."""
+
+    def __post_init__(self) -> None:
+        _require_one_of("name", self.name, ("single", "ddp"))
+
+
+@dataclass
 class TrainConfig:
     """The whole experiment: what ``conf/train.yaml`` composes."""
 
@@ -339,6 +357,8 @@ class TrainConfig:
     """Learning rate over the steps."""
     precision: PrecisionConfig = MISSING
     """Arithmetic."""
+    strategy: StrategyConfig = MISSING
+    """Devices."""
     trainer: TrainerConfig = MISSING
     """Training loop."""
     protocol: ProtocolConfig = MISSING
@@ -358,6 +378,12 @@ class TrainConfig:
                 self.scheduler.warmup_steps,
                 f"fewer than trainer.max_steps, which is {self.trainer.max_steps}",
             )
+        world = self.trainer.devices * self.trainer.num_nodes
+        if self.strategy.name == "single":
+            key = "devices" if self.trainer.devices > 1 else "num_nodes"
+            _require(world == 1, f"trainer.{key}", getattr(self.trainer, key), "1, or more with strategy=ddp")
+        multiple = self.data.batch_size % world == 0
+        _require(multiple, "data.batch_size", self.data.batch_size, f"a multiple of the {world} devices")
 
 
 @dataclass
@@ -417,6 +443,11 @@ def output_dir() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+def job_logging() -> dict[str, Any]:
+    """Hydra's logging of this run, for ``logging.config.dictConfig`` in another process."""
+    return plain(HydraConfig.get().job_logging)
+
+
 def overrides() -> list[str]:
     """What was said on the command line, without Hydra's own settings."""
     return list(HydraConfig.get().overrides.task)
@@ -440,6 +471,8 @@ def _config_subdir(resume: str | None, run_dir: str) -> str:
     """Hydra's folder within the run. Evaluated before Hydra writes there: what a run has recorded stays as it was."""
     if resume is not None:
         return f".hydra/resumed_{datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}"
+    if (rank := os.environ.get("RANK", "0")) != "0":  # torchrun, started by the user: the other processes of this run
+        return f".hydra/rank_{rank}"
     if (Path(run_dir) / ".hydra" / "config.yaml").exists():
         raise ValueError(f"{run_dir} holds a run already; resume={run_dir} continues it, another directory starts anew")
     return ".hydra"

@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 
 from bisenet import checkpoint, config, report
-from bisenet.callbacks import LastCheckpoint, ProgressBar, StepClock, csv_logger
+from bisenet.callbacks import LastCheckpoint, LossScale, ProgressBar, StepClock, csv_logger
 from bisenet.classes import ClassTable
 from bisenet.config import EvaluateConfig, LossConfig, SchedulerConfig, TrainConfig
 from bisenet.data import SegmentationDataModule
@@ -31,11 +34,11 @@ from bisenet.inference import Segmenter
 from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy
 from bisenet.metrics import SegmentationScores
 from bisenet.module import SegmentationModule
-from bisenet.optim import constant, describe_groups, parameter_groups, warmup_cosine, warmup_poly
+from bisenet.optim import CountingGradScaler, constant, describe_groups, parameter_groups, warmup_cosine, warmup_poly
 
 log = logging.getLogger(__name__)
 
-_PRECISION = {"fp32": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
+_PRECISION = {"fp32": "32-true", "fp16": "bf16-mixed", "bf16": "bf16-mixed"}  # fp16 on a CPU is bf16
 _PASSED = {"model.network": ("n_classes",), "optimizer.algorithm": ("params",)}
 
 
@@ -65,12 +68,13 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
     data = SegmentationDataModule(typed.data, typed.augment, seed=typed.data_seed)
     module = build(cfg, data.table)  # first, since it is quick: what cannot be built needs no data
-    data.prepare_data()
-    data.setup()
+    if rank_zero_only.rank == 0:
+        data.prepare_data()
+        data.setup()
 
     last = run_dir / "checkpoints" / "last.ckpt"
     continued = resumed and last.exists()
-    if not resumed:
+    if not resumed and rank_zero_only.rank == 0:
         report.write_json(run_dir / "provenance.json", provenance(typed))
     best = ModelCheckpoint(
         run_dir / "checkpoints", filename="best", monitor=module.miou_key, mode="max", enable_version_counter=False
@@ -84,8 +88,10 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         check_val_every_n_epoch=None,
         log_every_n_steps=typed.trainer.log_interval,
         accelerator=typed.trainer.accelerator,
-        devices=1,
-        precision=_PRECISION[typed.precision.name],  # type: ignore[arg-type]
+        devices=typed.trainer.devices,
+        num_nodes=typed.trainer.num_nodes,
+        **_strategy(typed),
+        **_precision(typed),
         use_distributed_sampler=False,  # ours already is
         num_sanity_val_steps=0 if continued else 2,
         logger=[
@@ -94,6 +100,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         ],
         callbacks=[
             clock,
+            LossScale(),
             *([ProgressBar(clock, every=typed.trainer.log_interval)] if typed.trainer.progress else []),
             *(config.instantiate(f"callbacks.{name}", node) for name, node in cfg.callbacks.items()),
             best,
@@ -104,7 +111,8 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     )
     log.info("run directory: %s", run_dir)
     started = time.perf_counter()
-    seed_everything(typed.init_seed, verbose=False)  # dropout; independent of how the network was built
+    # For dropout; independent of how the network was built.
+    seed_everything((typed.init_seed + trainer.global_rank) % 2**32, verbose=False)
     try:
         trainer.fit(module, data, ckpt_path=last if continued else None, weights_only=True)
     except (KeyboardInterrupt, SystemExit):
@@ -123,9 +131,10 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             "step": chosen.step,
             **_best_on_val(trainer, module, data, results, chosen),
         }
-    report.write_json(run_dir / "results.json", results)
-    _show(results)
-    log.info("figures: %s", run_dir / "figures")
+    if trainer.is_global_zero:
+        report.write_json(run_dir / "results.json", results)
+        _show(results)
+        log.info("figures: %s", run_dir / "figures")
     return results
 
 
@@ -153,7 +162,7 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> dict[str, Any]:
     trainer = Trainer(
         accelerator=cfg.accelerator,
         devices=1,
-        precision=_PRECISION[typed.precision.name],  # type: ignore[arg-type]
+        **_precision(typed),
         use_distributed_sampler=False,
         logger=False,
         callbacks=[RichProgressBar(leave=True)],
@@ -209,6 +218,26 @@ def _segmenter(cfg: DictConfig, classes: ClassTable) -> Segmenter:
     return Segmenter(network, classes, list(cfg.data.mean), list(cfg.data.std), config.typed(cfg.protocol))
 
 
+def _on_gpu(cfg: TrainConfig) -> bool:
+    return cfg.trainer.accelerator == "gpu" or (cfg.trainer.accelerator == "auto" and torch.cuda.is_available())
+
+
+def _strategy(cfg: TrainConfig) -> dict[str, Any]:
+    """Arguments of the Trainer that say how devices work together."""
+    if cfg.strategy.name == "single":
+        return {}
+    # Each process keeps its own running statistics; evaluations and checkpoints use those of the first one.
+    ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return {"strategy": ddp, "sync_batchnorm": cfg.strategy.sync_batchnorm and _on_gpu(cfg)}
+
+
+def _precision(cfg: TrainConfig) -> dict[str, Any]:
+    """Arguments of the Trainer that say how it computes."""
+    if cfg.precision.name == "fp16" and _on_gpu(cfg):
+        return {"plugins": [MixedPrecision("16-mixed", "cuda", CountingGradScaler("cuda"))]}
+    return {"precision": _PRECISION[cfg.precision.name]}
+
+
 def _criterion(loss: LossConfig, classes: ClassTable) -> nn.Module:
     if loss.name == "cross_entropy":
         return CrossEntropy(ignore_index=classes.ignore_index)
@@ -232,7 +261,20 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Evaluate on a split; write figures and per-image counts."""
     scores = _scores(trainer, module, data, split)
-    classes = module.segmenter.classes
+    if trainer.is_global_zero:
+        _illustrate(scores, module.segmenter, data, split, run_dir)
+    return {
+        "miou": scores.miou,
+        "split": split,
+        "protocol": module.segmenter.protocol.name,
+        "scores": scores.to_dict(module.segmenter.classes.names),
+    }
+
+
+def _illustrate(
+    scores: SegmentationScores, segmenter: Segmenter, data: SegmentationDataModule, split: str, run_dir: Path
+) -> None:
+    classes = segmenter.classes
     figures = run_dir / "figures"
     figures.mkdir(exist_ok=True)
     table = scores.to_dict(classes.names)
@@ -244,17 +286,11 @@ def _evaluate(
     report.plot_predictions(
         [image for image, _ in shown],
         [mask for _, mask in shown],
-        [module.segmenter.predict(image) for image, _ in shown],
+        [segmenter.predict(image) for image, _ in shown],
         classes,
         figures / "predictions.png",
     )
-    report.write_counts(run_dir / f"counts_{split}_{module.segmenter.protocol.name}.npz", scores)
-    return {
-        "miou": scores.miou,
-        "split": split,
-        "protocol": module.segmenter.protocol.name,
-        "scores": table,
-    }
+    report.write_counts(run_dir / f"counts_{split}_{segmenter.protocol.name}.npz", scores)
 
 
 def _scores(
@@ -336,5 +372,7 @@ def _quiet() -> None:
         r"Checkpoint directory .* exists and is not empty",
         r"The '.*_dataloader' does not have many workers",
         r"Found .* module\(s\) in eval mode",
+        r"`broadcast_buffers` is deprecated",  # what takes its place is not in torch 2.11
+        r"It is recommended to use `self.log\(.*, sync_dist=True\)`",  # all devices have the same score
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from bisenet import checkpoint
 from bisenet.inference import Segmenter
@@ -63,7 +63,9 @@ class SegmentationModule(LightningModule):
         pixels = batch["mask"].numel()
         scalars |= {f"train/kept/{name}": kept / pixels for name, kept in zip(names, loss.kept, strict=True)}
         scalars |= {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
-        self.log_dict(scalars)
+        # Means over the devices, at the steps that are written.
+        written = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        self.log_dict(scalars, sync_dist=written)
         return loss.total
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -75,8 +77,11 @@ class SegmentationModule(LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
-        """Forget what an interrupted validation may have counted."""
+        """Forget what an interrupted validation may have counted; evaluate what a checkpoint would hold."""
         self.metric.reset()
+        if distributed.is_initialized():  # each process has its own running statistics
+            for buffer in self.segmenter.network.buffers():
+                distributed.broadcast(buffer, src=0)
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         """Predict under the protocol and count."""

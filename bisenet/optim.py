@@ -1,10 +1,11 @@
-"""Parameter groups as rules over module names, and learning-rate schedules as functions of the step."""
+"""Parameter groups as rules over module names, learning rates as functions of the step, and the fp16 loss scale."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bisenet.config import GroupRule
 
@@ -146,3 +147,38 @@ def _progress(step: int, total_steps: int, warmup_steps: int) -> float:
     if total_steps <= warmup_steps:
         raise ValueError(f"total_steps: got {total_steps}, accepted: more than warmup_steps, which is {warmup_steps}")
     return min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+
+
+class CountingGradScaler(torch.amp.GradScaler):
+    """Loss scaling for fp16 that counts the steps it skipped because a gradient overflowed.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        **kwargs: passed to ``torch.amp.GradScaler``.
+    """
+
+    def __init__(self, device: str = "cuda", **kwargs: Any) -> None:
+        super().__init__(device, **kwargs)
+        self._one = torch.ones((), device=device)
+        self._overflows = torch.zeros((), device=device)
+
+    @property
+    def overflows(self) -> int:
+        """Steps skipped so far; reading it waits for the device."""
+        return int(self._overflows)
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Adapt the scale after a step; it falls when, and only when, the step overflowed. Nothing waits."""
+        before = self.scale(self._one)
+        super().update(new_scale)
+        self._overflows += self.scale(self._one) < before
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of ``torch.amp.GradScaler``, and the count."""
+        return super().state_dict() | {"overflows": self.overflows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with a scale and a count."""
+        state = dict(state_dict)
+        self._overflows.fill_(state.pop("overflows"))
+        super().load_state_dict(state)

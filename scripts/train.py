@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from bisenet import config
+from bisenet import config, launch
 
 
 @config.entry("train")
@@ -11,9 +11,7 @@ def main(cfg: DictConfig) -> None:
     config.check(cfg)
     if cfg.resume is not None:
         cfg = config.resumed(cfg, config.overrides())
-    from bisenet import experiment  # heavy: only once the configuration is sound
-
-    experiment.train(cfg, config.output_dir())
+    launch.train(cfg, config.output_dir())
 
 
 if __name__ == "__main__":

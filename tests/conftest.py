@@ -18,3 +18,10 @@ def camvid() -> Path:
     if not (_CAMVID / "train.txt").is_file():
         pytest.skip(f"no CamVid at {_CAMVID}; set BISENET_CAMVID")
     return _CAMVID
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for a tiny synthetic set; written by the first run that uses it."""
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    return [f"data.root={root}", "data.synthetic={train: 6, val: 3, test: 2, size: [64, 128]}"]

@@ -36,13 +36,6 @@ def train(cwd: Path, folder: str, *overrides: str, **environment: str) -> subpro
 
 
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for a tiny synthetic set; written by the first run that uses it."""
-    root = tmp_path_factory.mktemp("data") / "scenes"
-    return [f"data.root={root}", "data.synthetic={train: 6, val: 3, test: 2, size: [64, 128]}"]
-
-
-@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, scenes: list[str]) -> Path:
     """An undisturbed run of six steps with dropout, validations at 3 and 6 and checkpoints in between."""
     cwd = tmp_path_factory.mktemp("runs")

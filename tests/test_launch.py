@@ -1,0 +1,131 @@
+"""Several processes: the same numbers, the same weights, one report; and an end when one of them fails."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from test_config import composed
+from test_experiment import rows, same, script, train
+from torch import nn
+
+from bisenet import config, launch
+from bisenet.classes import ClassTable
+from bisenet.experiment import build
+from bisenet.optim import CountingGradScaler
+
+TWO = ["strategy=ddp", "trainer.devices=2", "data.batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for pictures without ignored pixels, of which the validation split has an odd number."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split, count in {"train": 6, "val": 5, "test": 1}.items():
+        for folder in (root / split, root / f"{split}annot"):
+            folder.mkdir()
+        for number in range(count):
+            mask = np.repeat(np.repeat(rng.integers(0, 11, (4, 8), np.uint8), 24, 0), 24, 1)
+            image = np.stack([20 * mask, 255 - 20 * mask, rng.integers(0, 255, mask.shape, np.uint8)], 2)
+            cv2.imwrite(str(root / split / f"{number}.png"), image)
+            cv2.imwrite(str(root / f"{split}annot" / f"{number}.png"), mask)
+    return ["data=camvid", "data.batch_size=4", "data.report_split=val", f"data.root={root}"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(tmp_path: Path, pictures: list[str]) -> None:
+    settings = [*pictures, "model=bisenetv1_diss", "loss=cross_entropy",
+                "augment.scale=[1,1]", "+callbacks.freeze={_target_: probe.FreezeNorm}",
+                "+callbacks.weights={_target_: probe.SaveWeights}"]  # fmt: skip
+    for folder, devices in {"one": [], "two": TWO}.items():
+        done = script("train.py", "debug=fast", "trainer.accelerator=cpu", "trainer.progress=false", *settings,
+                      *devices, f"hydra.run.dir={folder}", cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    key = "train/loss"
+    np.testing.assert_allclose([float(r[key]) for r in two if r[key]], [float(r[key]) for r in one if r[key]], 1e-4)
+    first, second = (torch.load(tmp_path / "two" / f"rank_{rank}.pt") for rank in (0, 1))
+    assert same(first, second)
+    counted = np.load(tmp_path / "two" / "counts_val_ss.npz")
+    assert counted["image_index"].tolist() == [0, 1, 2, 3, 4]
+
+    # The checkpoint explains the number: one process evaluates it to the same counts.
+    again = script("evaluate.py", "checkpoint=two", "hydra.run.dir=again", "accelerator=cpu", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    repeated = np.load(tmp_path / "again" / "counts_val_ss.npz")
+    assert all(np.array_equal(repeated[name], counted[name]) for name in counted.files)
+
+
+@pytest.mark.slow
+def test_jobs_of_a_sweep_may_use_several_processes(tmp_path: Path, scenes: list[str]) -> None:
+    done = script("train.py", "-m", "debug=fast", "trainer.accelerator=cpu", "trainer.progress=false", *scenes, *TWO,
+                  "model.network.width_multiplier=0.25", "seed=1,2", "trainer.max_steps=3", "hydra.sweep.dir=sweep",
+                  "hydra.sweep.subdir=${seed}", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for seed in ("1", "2"):
+        assert json.loads((tmp_path / "sweep" / seed / "results.json").read_text())["step"] == 3
+        assert json.loads((tmp_path / "sweep" / seed / "provenance.json").read_text())["seeds"]["seed"] == int(seed)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_job_with_its_error(tmp_path: Path, scenes: list[str]) -> None:
+    done = train(tmp_path, "run", *scenes, *TWO, "+callbacks.fail={_target_: probe.Fail}")
+    assert done.returncode != 0
+    assert "the second process cannot go on" in done.stderr
+    assert "strategy=ddp: a process ended with code" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.devices=2"], "trainer.devices: got 2, accepted: 1, or more with strategy=ddp"),
+        (["trainer.num_nodes=2"], "trainer.num_nodes: got 2, accepted: 1, or more with strategy=ddp"),
+        (["strategy=ddp", "trainer.devices=3"], "data.batch_size: got 4, accepted: a multiple of the 3 devices"),
+    ],
+)
+def test_impossible_devices_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.check(composed(*overrides))
+
+
+def test_several_nodes_need_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="torchrun"):
+        launch.train(composed("strategy=ddp", "trainer.num_nodes=2"), tmp_path)
+
+
+@pytest.mark.parametrize("model", ["bisenetv1", "bisenetv1_ushape", "bisenetv2", "older"])
+def test_synchronised_batch_norm_takes_the_place_of_every_batch_norm_and_leaves_no_trace(model: str) -> None:
+    overrides = (
+        ["model=bisenetv1_diss", "model.network.generation=older", "model.network.norm=inplace_abn"]
+        if model == "older"
+        else [f"model={model}"]
+    )
+    cfg = composed(*overrides)
+    network = build(cfg, ClassTable.load("cityscapes")).segmenter.network
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    assert any(isinstance(layer, nn.SyncBatchNorm) for layer in converted.modules())
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in converted.modules())
+    assert same(dict(converted.state_dict()), before)
+    build(cfg, ClassTable.load("cityscapes")).segmenter.network.load_state_dict(converted.state_dict())
+
+
+def test_overflows_are_counted_and_the_count_survives_a_checkpoint() -> None:
+    parameter = nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scaler = CountingGradScaler("cpu", init_scale=4.0, growth_interval=1)
+    for factor in (1.0, float("inf"), 1.0, float("nan"), float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(parameter * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.overflows == 3
+    assert parameter.item() == pytest.approx(1 - 3 * 0.1)
+    resumed = CountingGradScaler("cpu")
+    resumed.load_state_dict(scaler.state_dict())
+    assert resumed.overflows == 3
+    assert resumed.get_scale() == scaler.get_scale()

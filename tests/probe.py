@@ -23,9 +23,9 @@ class Fail(Callback):
 
 
 class SaveWeights(Callback):
-    """Each process leaves its weights and buffers beside the checkpoints, as rank_<n>.pt."""
+    """Each process leaves the weights and buffers that it has validated, as rank_<n>.pt."""
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         torch.save(
             pl_module.segmenter.network.state_dict(), f"{trainer.default_root_dir}/rank_{trainer.global_rank}.pt"
         )

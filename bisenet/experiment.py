@@ -366,6 +366,8 @@ def _quiet() -> None:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
         logging.getLogger(name).setLevel(logging.WARNING)
+    if rank_zero_only.rank != 0:
+        logging.getLogger().setLevel(logging.WARNING)  # the first process speaks for all
     for message in (
         r".*LeafSpec.* is deprecated",  # within Lightning
         r"Experiment logs directory .* exists and is not empty",  # the history was set aside before

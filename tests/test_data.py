@@ -15,8 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_config import composed
 from torch import Tensor
 
+from bisenet import config
 from bisenet.classes import ClassTable
 from bisenet.config import AugmentConfig, DataConfig, SyntheticConfig
 from bisenet.data.datamodule import SegmentationDataModule, list_samples
@@ -145,7 +147,6 @@ def test_coarse_labels_without_the_corrupt_picture(tmp_path: Path) -> None:
                 (tmp_path / "away" / Path(parts).name).rename(tmp_path / folder / parts)
                 (tmp_path / "away").rmdir()
         (sample,) = list_samples(data, "train_extra")
-        assert sample.label is not None
         assert sample.image.name == "troisdorf_000000_000074_leftImg8bit.png"
         assert np.array_equal(read_sample(sample, CITYSCAPES)[1], CITYSCAPES.encode[picture(1, ids=34)[1]])
         loaded = module(data, train_split="train+train_extra")
@@ -159,7 +160,7 @@ def test_a_split_without_labels_is_listed_but_not_scored(blank: bool, tmp_path: 
     for label in (tmp_path / "gtFine" / "test").rglob("*_labelIds.png"):
         save(label, np.full(SIZE, 3, np.uint8)) if blank else label.unlink()
     samples = list_samples(data, "test")
-    assert [sample.label is None for sample in samples] == 2 * [not blank]
+    assert [sample.label_file is None for sample in samples] == 2 * [not blank]
     with pytest.raises(ValueError, match=r"(?s)'test' of .*neither trained on nor scored.*scripts/predict\.py.*gtFine"):
         module(data).evaluation_dataloader("test")
 
@@ -344,7 +345,7 @@ def test_any_value_may_be_the_one_that_is_ignored(
 def test_label_that_is_no_png_is_refused(sample: Sample, tmp_path: Path) -> None:
     other = save(tmp_path / "label.jpg", picture(3)[1])
     with pytest.raises(ValueError, match=r"label\.jpg is not a PNG"):
-        check_headers(dataclasses.replace(sample, label=other))
+        check_headers(dataclasses.replace(sample, label_file=other))
 
 
 @pytest.mark.parametrize("kind", ["image.png", "image.jpg", "progressive.jpg", "label.png"])
@@ -569,6 +570,19 @@ def test_error_in_a_worker_names_the_file(tmp_path: Path, workers: int) -> None:
     ) as error:
         list(itertools.islice(loaded.train_dataloader(), 4))
     clear_frames(error.tb)  # they would keep the worker waiting until the garbage is collected
+
+
+@pytest.mark.parametrize("option", sorted(file.stem for file in Path(config.conf_dir(), "data").glob("*.yaml")))
+def test_every_data_option_builds_and_helps(option: str, tmp_path: Path) -> None:
+    classes = {"camvid": 11, "cityscapes": 19, "synthetic": 19, "coco_stuff": 171, "ade20k": 150, "listed": 2}
+    (tmp_path / "own.yaml").write_text("[{id: 0, name: a}, {id: 1, name: b}]")
+    own = [f"data.classes={tmp_path / 'own.yaml'}"] if option == "listed" else []
+    cfg = composed(f"data={option}", f"data.root={tmp_path / 'nowhere'}", *own)
+    config.check(cfg)
+    built = SegmentationDataModule(config.typed(cfg.data), AUGMENT, seed=0)
+    assert built.table.num_classes == classes[option]
+    with pytest.raises(FileNotFoundError, match=r"data\.root: .*nowhere is not a folder; "):
+        built.setup("fit")
 
 
 def test_table_of_the_data_set(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from test_config import composed
-from test_experiment import script
 from torch import Tensor, nn
 
 from bisenet import experiment
@@ -198,11 +197,18 @@ def test_the_config_is_named_in_every_error(tmp_path: Path) -> None:
         experiment.load_pretrained(network, ModelConfig(pretrained="nowhere.pth", backbone="cp.resnet"))
 
 
-def test_a_recipe_without_its_weights_stops_before_any_data(tmp_path: Path) -> None:
+def test_a_recipe_without_its_weights_stops_before_any_data(cache: Path, tmp_path: Path) -> None:
     """The weights are asked for first, so that the missing data set is not what is complained about."""
-    done = script("train.py", "experiment=cityscapes_bisenetv1", "precision=fp32", f"data.root={tmp_path / 'nowhere'}",
-                  "model.pretrained=http://127.0.0.1:9/resnet18-f37072fd.pth", cwd=tmp_path,
-                  TORCH_HOME=str(tmp_path))  # fmt: skip
-    assert done.returncode != 0
-    assert "model.pretrained: http://127.0.0.1:9/resnet18-f37072fd.pth cannot be downloaded" in done.stderr
-    assert "null to train from scratch" in done.stderr
+    url = "http://127.0.0.1:9/resnet18-f37072fd.pth"
+    recipe = ["experiment=cityscapes_bisenetv1", f"data.root={tmp_path / 'nowhere'}"]
+    with pytest.raises(ValueError, match=rf"model\.pretrained: {url} cannot be downloaded.*null to train from scratch"):
+        experiment.train(composed(*recipe, f"model.pretrained={url}"), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"data\.root: .*nowhere is not a folder"):
+        experiment.train(composed(*recipe, "model.pretrained=null"), tmp_path)
+
+
+def test_a_checkpoint_needs_no_pretrained_weights(cache: Path, tmp_path: Path) -> None:
+    """Building a network, which loading and resuming do, asks for nothing."""
+    cfg = composed("experiment=cityscapes_bisenetv2", "model.pretrained=http://127.0.0.1:9/lost.pth")
+    experiment.build(cfg, ClassTable.load("cityscapes"))
+    assert not cache.exists()

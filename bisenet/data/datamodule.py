@@ -121,7 +121,7 @@ class SegmentationDataModule(L.LightningDataModule):
         """
         if split not in self._samples:
             samples = list_samples(self.data, split)
-            if unlabelled := sum(sample.label is None for sample in samples):
+            if unlabelled := sum(sample.label_file is None for sample in samples):
                 raise self._unscorable(split, f"{unlabelled} pictures without label")
             for sample in samples:
                 check_headers(sample)

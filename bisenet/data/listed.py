@@ -31,7 +31,7 @@ def list_file(root: Path, path: Path) -> list[Sample]:
         if len(fields) != 2 or not all(fields):
             raise ValueError(f"{path}:{number}: got {line!r}, accepted: image,label (two paths relative to {root})")
         sample = Sample(root / fields[0], root / fields[1])
-        for file in (sample.image, sample.require_label()):
+        for file in (sample.image, sample.label):
             if not file.is_file():
                 raise FileNotFoundError(f"{path}:{number}: {file} does not exist; paths are relative to {root}")
         samples.append(sample)
@@ -64,6 +64,6 @@ def list_camvid(root: Path, split: str, list_name: str | None = None) -> list[Sa
     if not samples:
         raise ValueError(f"split {split!r} is empty: no picture in {images}")
     for sample in samples:
-        if not sample.require_label().is_file():
+        if not sample.label.is_file():
             raise FileNotFoundError(f"image without label: {sample.image} has no {sample.label}")
     return samples

@@ -21,16 +21,17 @@ class Sample:
     """A picture and its label, on disk."""
 
     image: Path
-    label: Path | None
+    label_file: Path | None
     """None: the picture belongs to a split without labels, which can be predicted but not scored."""
     train_ids: bool = False
     """The label file holds train ids instead of the ids of the class table."""
 
-    def require_label(self) -> Path:
-        """The label; a ValueError where there is none."""
-        if self.label is None:
+    @property
+    def label(self) -> Path:
+        """The label file; a ValueError where there is none."""
+        if self.label_file is None:
             raise ValueError(f"{self.image} has no label, so it can be neither trained on nor scored")
-        return self.label
+        return self.label_file
 
 
 def read_sample(sample: Sample, table: ClassTable) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +52,7 @@ def read_sample(sample: Sample, table: ClassTable) -> tuple[np.ndarray, np.ndarr
 
 def read_mask(sample: Sample, table: ClassTable) -> np.ndarray:
     """The mask of :func:`read_sample` alone, with its errors."""
-    return _read_mask(sample.require_label(), table.train_id_table if sample.train_ids else table)
+    return _read_mask(sample.label, table.train_id_table if sample.train_ids else table)
 
 
 def check_headers(sample: Sample) -> None:
@@ -61,7 +62,7 @@ def check_headers(sample: Sample) -> None:
             width, height = image.size
     except UnidentifiedImageError:
         raise ValueError(f"{sample.image} cannot be decoded: no image, or a damaged one") from None
-    label_height, label_width, _ = _label_header(sample.require_label())
+    label_height, label_width, _ = _label_header(sample.label)
     _require_same_size(sample, (height, width), (label_height, label_width))
 
 

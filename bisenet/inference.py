@@ -1,10 +1,15 @@
 """From a picture to a prediction: normalisation, views, and how they are merged.
 
-Shapes: B batch, C classes, (H, W) the picture, (h, w) a view of it.
+A *view* is the picture resized to one scale. The network sees it whole or in overlapping windows, each as it is or
+mirrored; such a piece is a *tile*. Protocols often want the same tiles, which are then forwarded once.
+
+Shapes: B batch, C classes, (H, W) the picture, (h, w) a view or a tile of it.
 """
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,53 +18,204 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bisenet.classes import ClassTable
-from bisenet.config import ProtocolConfig
+from bisenet.config import EvaluationConfig, ProtocolConfig
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
-def view_size(size: tuple[int, int], scale: float, multiple: int) -> tuple[int, int]:
-    """(height, width) of a view: ``int(scale * size)``, rounded up to the multiple."""
+class Tile(NamedTuple):
+    """What the network sees of a view. Beyond the view's borders lie zeros, the mean colour after normalisation."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+    mirrored: bool = False
+
+    @property
+    def size(self) -> Size:
+        """Height and width."""
+        return self.bottom - self.top, self.right - self.left
+
+
+class Prediction(NamedTuple):
+    """What a protocol makes of a batch of pictures."""
+
+    train_ids: Tensor
+    """(B, H, W) int64."""
+    seconds: float
+    """Network and merging. Tiles that protocols share are charged to each, as if it had been alone."""
+
+
+def view_size(size: Size, scale: float, multiple: int) -> Size:
+    """Size of a view: ``int(scale * size)``, rounded up to the multiple."""
     height, width = (max(multiple, math.ceil(int(scale * side) / multiple) * multiple) for side in size)
     return height, width
 
 
-def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
+def windows(size: Size, window: Size, stride: float) -> list[Tile]:
+    """Tiles of a window's size that cover a view.
+
+    They lie ``ceil(stride * window)`` apart, the last one shifted in. Where the view is smaller than the window, it is
+    centred in it.
+    """
+    spans: list[list[tuple[int, int]]] = []
+    for side, length in zip(size, window, strict=True):
+        spare = max(side - length, 0)
+        margin = max(length - side, 0) // 2
+        step = math.ceil(stride * length)
+        starts = [min(i * step, spare) - margin for i in range(math.ceil(spare / step) + 1)]
+        spans.append([(start, start + length) for start in starts])
+    return [Tile(top, left, bottom, right) for top, bottom in spans[0] for left, right in spans[1]]
+
+
+def views(protocol: ProtocolConfig, size: Size) -> Iterator[tuple[Size, list[Tile]]]:
+    """Each view of a picture: its size, and the tiles that are not mirrored."""
+    for scale in protocol.scales:
+        if protocol.crop:
+            assert protocol.window is not None, "filled in by config.protocols"
+            view = view_size(size, scale, 1)
+            yield view, windows(view, (protocol.window[0], protocol.window[1]), protocol.stride)
+        else:
+            view = view_size(size, scale, protocol.size_multiple)
+            yield view, [Tile(0, 0, *view)]
+
+
+def resize(x: Tensor, size: Size, *, align_corners: bool) -> Tensor:
     """Bilinear resize of (B, C, h, w); nothing happens when the size is right already."""
     if x.shape[-2:] == size:
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 
 
-def predict_scores(network: nn.Module, image: Tensor, protocol: ProtocolConfig) -> Tensor:
-    """Scores whose argmax is the prediction of the protocol.
+def predict(
+    network: nn.Module, image: Tensor, protocols: Sequence[ProtocolConfig], max_pixels_per_batch: int
+) -> list[Prediction]:
+    """Predict under several protocols in one pass.
 
-    Whole views are resized with align_corners=True, as are their scores to the size of the picture; in between the
-    logits are upsampled to the view as the network's generation does it.
+    Pictures are resized with align_corners=True, as are the scores of whole views before their softmax, and the
+    probabilities of views in windows after it; in between the logits are upsampled to the tile as the network's
+    generation does it. One whole view needs no softmax.
+
+    Memory: beside the network's own, the sum of each protocol that has several views, (B, C, H, W) float32, and about
+    three times the scores of the largest view.
 
     Args:
         network: returns ``SegmentationOutput``; has ``align_corners``.
         image: (B, 3, H, W) float, normalised.
-        protocol: scales, flip and size multiple.
+        protocols: what to predict under; windows are filled in.
+        max_pixels_per_batch: tiles of one view are batched up to so many pixels, at least one.
 
     Returns:
-        (B, C, H, W): the logits when there is one view, else the mean softmax of the views.
+        One for each protocol, in order.
     """
-    height, width = image.shape[-2:]
+    size: Size = (image.shape[-2], image.shape[-1])
+    wanted = [list(views(protocol, size)) for protocol in protocols]
+    seconds = [0.0] * len(protocols)
+    scores: dict[int, Tensor] = {}
+    train_ids: dict[int, Tensor] = {}
+    for view in dict.fromkeys(view for views_ in wanted for view, _ in views_):
+        users = [(i, tiles) for i, views_ in enumerate(wanted) for other, tiles in views_ if other == view]
+        shown = {i: _with_mirrored(tiles, protocols[i].flip) for i, tiles in users}
+        started = _now(image)
+        logits = _forward(network, resize(image, view, align_corners=True), shown.values(), max_pixels_per_batch)
+        passed = _now(image) - started
+        for i, tiles in shown.items():
+            seconds[i] += passed * _pixels(tiles) / _pixels(logits)
+        for i, tiles in users:
+            started = _now(image)
+            merged = _merge(protocols[i], tiles, logits, view, size, align_corners=bool(network.align_corners))
+            scores[i] = scores[i].add_(merged) if i in scores else merged
+            del merged  # it would last until the next one is made
+            wanted[i].remove((view, tiles))
+            if not wanted[i]:  # so that no more sums are held than must be
+                train_ids[i] = scores.pop(i).argmax(dim=1)
+            seconds[i] += _now(image) - started
+    return [Prediction(train_ids[i], seconds[i]) for i in range(len(protocols))]
 
-    def scores(view: Tensor) -> Tensor:
-        logits = network(view).logits.float()
-        logits = resize(logits, (view.shape[-2], view.shape[-1]), align_corners=bool(network.align_corners))
-        return resize(logits, (height, width), align_corners=True)
 
-    views = [resize(image, view_size((height, width), s, protocol.size_multiple), align_corners=True)
-             for s in protocol.scales]  # fmt: skip
-    if len(views) == 1 and not protocol.flip:
-        return scores(views[0])
-    merged = torch.zeros((), device=image.device)
-    for view in views:
-        merged = merged + scores(view).softmax(dim=1)
+def _with_mirrored(tiles: Sequence[Tile], flip: bool) -> list[Tile]:
+    return [tile._replace(mirrored=mirrored) for tile in tiles for mirrored in ([False, True] if flip else [False])]
+
+
+def _pixels(tiles: Iterable[Tile]) -> int:
+    return sum(math.prod(tile.size) for tile in tiles)
+
+
+def _now(tensor: Tensor) -> float:
+    """Seconds, once the device has done what it was told."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
+def _forward(network: nn.Module, view: Tensor, wanted: Iterable[Iterable[Tile]], max_pixels: int) -> dict[Tile, Tensor]:
+    """Logits of every tile that is wanted, once, at the network's stride."""
+    by_size: dict[Size, list[Tile]] = {}
+    for tile in dict.fromkeys(tile for tiles in wanted for tile in tiles):
+        by_size.setdefault(tile.size, []).append(tile)
+    logits: dict[Tile, Tensor] = {}
+    for size, tiles in by_size.items():
+        most = max(1, max_pixels // (len(view) * math.prod(size)))
+        for first in range(0, len(tiles), most):
+            batch = tiles[first : first + most]
+            output = network(torch.cat([_cut(view, tile) for tile in batch])).logits.float()
+            logits.update(zip(batch, output.split(len(view)), strict=True))
+    return logits
+
+
+def _cut(view: Tensor, tile: Tile) -> Tensor:
+    height, width = view.shape[-2:]
+    piece = view[..., max(tile.top, 0) : tile.bottom, max(tile.left, 0) : tile.right]
+    beyond = (max(-tile.left, 0), max(tile.right - width, 0), max(-tile.top, 0), max(tile.bottom - height, 0))
+    piece = F.pad(piece, beyond)
+    return piece.flip(-1) if tile.mirrored else piece
+
+
+def _merge(
+    protocol: ProtocolConfig,
+    tiles: Sequence[Tile],
+    logits: Mapping[Tile, Tensor],
+    view: Size,
+    size: Size,
+    *,
+    align_corners: bool,
+) -> Tensor:
+    """Scores (B, C, H, W) of one view, to be summed over the views of the protocol."""
+    activation = F.log_softmax if protocol.merge == "log_prob" else F.softmax
+
+    def upsampled(tile: Tile) -> Tensor:
+        x = resize(logits[tile], tile.size, align_corners=align_corners)
+        x = x if protocol.crop else resize(x, size, align_corners=True)
+        return x.flip(-1) if tile.mirrored else x
+
+    def score(tile: Tile) -> Tensor:
+        total = activation(upsampled(tile), dim=1)
         if protocol.flip:
-            merged = merged + scores(view.flip(-1)).flip(-1).softmax(dim=1)
-    return merged / (len(views) * (1 + protocol.flip))
+            total += activation(upsampled(tile._replace(mirrored=True)), dim=1)
+        return total
+
+    if not protocol.crop:
+        (whole,) = tiles
+        single = len(protocol.scales) == 1 and not protocol.flip
+        return upsampled(whole) if single else score(whole)
+
+    height, width = view
+    some = logits[tiles[0]]
+    total = some.new_zeros(*some.shape[:2], height, width)
+    times = some.new_zeros(height, width)
+    for tile in tiles:
+        inside = (..., slice(max(tile.top, 0), tile.bottom), slice(max(tile.left, 0), tile.right))
+        within = (..., slice(max(-tile.top, 0), height - tile.top), slice(max(-tile.left, 0), width - tile.left))
+        part = score(tile)
+        if protocol.merge == "reference" and protocol.flip:
+            part = part.exp_()
+        total[inside] += part[within]
+        times[inside] += 1
+    if protocol.merge != "reference":
+        total /= times
+    return resize(total, size, align_corners=True)
 
 
 class Segmenter(nn.Module):
@@ -70,7 +226,9 @@ class Segmenter(nn.Module):
         classes: class table of the data set it was trained on.
         mean: RGB mean in [0, 1].
         std: RGB standard deviation in (0, 1].
-        protocol: how a picture becomes a prediction.
+        protocols: name -> how a picture becomes a prediction, windows filled in; the first is the one that
+            :meth:`forward` and :meth:`predict` use.
+        max_pixels_per_batch: bounds what is forwarded at a time, as in :func:`predict`.
     """
 
     mean: Tensor
@@ -82,12 +240,14 @@ class Segmenter(nn.Module):
         classes: ClassTable,
         mean: Sequence[float],
         std: Sequence[float],
-        protocol: ProtocolConfig,
+        protocols: Mapping[str, ProtocolConfig],
+        max_pixels_per_batch: int = EvaluationConfig.max_pixels_per_batch,
     ) -> None:
         super().__init__()
         self.network = network
         self.classes = classes
-        self.protocol = protocol
+        self.protocols = dict(protocols)
+        self.max_pixels_per_batch = max_pixels_per_batch
         # In units of raw pixels, so that normalising a uint8 picture is one subtraction and one multiplication.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -97,8 +257,15 @@ class Segmenter(nn.Module):
         return (image.float() - self.mean) / self.std
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 RGB -> (B, H, W) int64 train ids."""
-        return predict_scores(self.network, self.normalize(image), self.protocol).argmax(dim=1)
+        """(B, 3, H, W) uint8 RGB -> (B, H, W) int64 train ids, under the first protocol."""
+        first = next(iter(self.protocols))
+        return self.predictions(image, [first])[first].train_ids
+
+    def predictions(self, image: Tensor, names: Iterable[str]) -> dict[str, Prediction]:
+        """(B, 3, H, W) uint8 RGB -> what each of the protocols that are named predicts."""
+        named = {name: self.protocols[name] for name in names}
+        found = predict(self.network, self.normalize(image), list(named.values()), self.max_pixels_per_batch)
+        return dict(zip(named, found, strict=True))
 
     @torch.inference_mode()
     def predict(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

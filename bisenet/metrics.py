@@ -44,19 +44,50 @@ class SegmentationScores(NamedTuple):
     """(n, 3, C) pixels of each image: true positives, predicted, true."""
 
     @property
+    def mean_f1(self) -> float:
+        """Mean of ``f1`` over the classes that occur."""
+        return _mean(self.f1)
+
+    def category_iou(self, categories: Sequence[str | None]) -> dict[str, float]:
+        """IoU of groups of classes, in which confusing one member with another is no mistake (Cityscapes).
+
+        Args:
+            categories: of each class; None: in no category.
+
+        Returns:
+            Category -> IoU, NaN where none of its classes occurs.
+        """
+        found: dict[str, float] = {}
+        for category in dict.fromkeys(categories):
+            if category is not None:
+                inside = np.array([other == category for other in categories])
+                true, predicted = self.confusion[inside], self.confusion[:, inside]
+                tp = true[:, inside].sum()
+                found[category] = float(_ratio(tp, true.sum() + predicted.sum() - tp))
+        return found
+
+    @property
     def n_images(self) -> int:
         """Number of images counted."""
         return len(self.image_index)
 
-    def to_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        """Plain Python, ready for JSON (NaN becomes None): the means and, under "classes", each class by its name."""
+    def to_dict(self, names: Sequence[str], categories: Sequence[str | None] = ()) -> dict[str, Any]:
+        """Plain Python, ready for JSON (NaN becomes None): the means and, under "classes", each class by its name.
+
+        With ``categories`` (of each class) that say something, also "category_miou" and, under "categories", each one.
+        """
         if len(names) != len(self.iou):
             raise ValueError(f"names: got {len(names)}, accepted: one for each of the {len(self.iou)} classes")
-        means = {key: _plain(getattr(self, key)) for key in ("miou", "fw_iou", "pixel_accuracy", "mean_accuracy")}
+        keys = ("miou", "fw_iou", "pixel_accuracy", "mean_accuracy", "mean_f1")
+        means = {key: _plain(getattr(self, key)) for key in keys}
         columns = {key: getattr(self, key).tolist() for key in ("iou", "precision", "recall", "f1")}
         columns["pixels"] = self.confusion.sum(1).tolist()
         table = {name: {key: _plain(column[c]) for key, column in columns.items()} for c, name in enumerate(names)}
-        return means | {"n_images": self.n_images, "absent": [names[c] for c in self.absent], "classes": table}
+        found = means | {"n_images": self.n_images, "absent": [names[c] for c in self.absent], "classes": table}
+        if grouped := self.category_iou(categories):
+            found["category_miou"] = _plain(_mean(np.array(list(grouped.values()))))
+            found["categories"] = {name: {"iou": _plain(iou)} for name, iou in grouped.items()}
+        return found
 
 
 class SegmentationMetric(Metric):

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, distributed, nn
+from torchmetrics import SumMetric
 
 from bisenet import checkpoint
+from bisenet.config import miou_key
 from bisenet.inference import Segmenter
 from bisenet.losses import DeepSupervision
 from bisenet.metrics import SegmentationMetric, SegmentationScores
@@ -25,7 +27,8 @@ class SegmentationModule(LightningModule):
     ``lr/<group>``, ``val/<protocol>/miou``.
 
     Args:
-        segmenter: network, normalisation, protocol and class table.
+        segmenter: network, normalisation, protocols and class table. The first protocol scores the validations, a
+            test takes all.
         loss: loss over all heads.
         optimizer: called with the network, gives optimizer and scheduler (stepped every step).
         config: plain values that a checkpoint carries.
@@ -43,14 +46,18 @@ class SegmentationModule(LightningModule):
         self.loss = loss
         self.optimizer_factory = optimizer
         self.config = config
-        self.metric = SegmentationMetric(segmenter.classes.num_classes, ignore_index=segmenter.classes.ignore_index)
-        self.scores: SegmentationScores | None = None
-        """Scores of the last evaluation that ended."""
-
-    @property
-    def miou_key(self) -> str:
-        """Name of the validation score; the protocol is part of it."""
-        return f"val/{self.segmenter.protocol.name}/miou"
+        classes = segmenter.classes
+        self.protocols = list(segmenter.protocols)
+        # Lists, in the order of the protocols, since a module's name may not hold a dot.
+        self.metrics = nn.ModuleList(
+            SegmentationMetric(classes.num_classes, classes.ignore_index) for _ in self.protocols
+        )
+        self.seconds = nn.ModuleList(SumMetric() for _ in self.protocols)
+        self.evaluation: dict[str, tuple[SegmentationScores, float]] = {}
+        """Scores of the last evaluation that ended, by protocol, and seconds of prediction, summed over the ranks."""
+        self.validated_step: int | None = None
+        """Step of the last validation that ended, if it is what ``evaluation`` holds."""
+        self.miou_key = miou_key(segmenter.protocols)
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """One batch: image (B, 3, H, W) uint8, mask (B, H, W) uint8 -> loss."""
@@ -77,30 +84,50 @@ class SegmentationModule(LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
-        """Forget what an interrupted validation may have counted; evaluate what a checkpoint would hold."""
-        self.metric.reset()
+        """Forget what an interrupted evaluation may have counted; evaluate what a checkpoint would hold."""
+        for _, metric, seconds in self._counters(self.protocols):
+            metric.reset()
+            seconds.reset()
         if distributed.is_initialized():  # each process has its own running statistics
             for buffer in self.segmenter.network.buffers():
                 distributed.broadcast(buffer, src=0)
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
-        """Predict under the protocol and count."""
-        self.metric.update(self.segmenter(batch["image"]), batch["mask"], batch["index"])
+        """Predict under the first protocol and count."""
+        self._count(batch, self.protocols[:1])
 
     def on_validation_epoch_end(self) -> None:
         """Reduce the counts to scores."""
-        self.scores = self.metric.compute()
-        self.log(self.miou_key, self.scores.miou)
+        self.evaluation = self._scores(self.protocols[:1])
+        (scores, _), *_ = self.evaluation.values()
+        self.log(self.miou_key, scores.miou)
         if not self.trainer.sanity_checking:
-            log.info("step %d: %s %.4f", self.global_step, self.miou_key, self.scores.miou)
+            self.validated_step = self.global_step
+            log.info("step %d: %s %.4f", self.global_step, self.miou_key, scores.miou)
 
-    # A test is the same evaluation on another split; its numbers are reported by the caller, under the split's name.
+    # A test is the evaluation of a split under all protocols; its numbers are reported by the caller.
     on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Predict under all protocols and count."""
+        self._count(batch, self.protocols)
 
     def on_test_epoch_end(self) -> None:
         """Reduce the counts to scores."""
-        self.scores = self.metric.compute()
+        self.evaluation = self._scores(self.protocols)
+        self.validated_step = None
+
+    def _count(self, batch: dict[str, Tensor], protocols: list[str]) -> None:
+        found = self.segmenter.predictions(batch["image"], protocols)
+        for name, metric, seconds in self._counters(protocols):
+            metric.update(found[name].train_ids, batch["mask"], batch["index"])
+            seconds.update(found[name].seconds)
+
+    def _scores(self, protocols: list[str]) -> dict[str, tuple[SegmentationScores, float]]:
+        return {n: (metric.compute(), seconds.compute().item()) for n, metric, seconds in self._counters(protocols)}
+
+    def _counters(self, protocols: list[str]) -> list[tuple[str, SegmentationMetric, SumMetric]]:
+        return list(zip(protocols, self.metrics, self.seconds, strict=False))  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Parameter groups, and a scheduler that steps with the optimizer."""

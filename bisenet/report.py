@@ -77,34 +77,50 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     _save(figure, out)
 
 
-def plot_iou(scores: Mapping[str, Any], classes: ClassTable, out: Path) -> None:
-    """Draw the IoU of each class as a bar in the class's colour, and their mean.
+def plot_iou(columns: Mapping[str, Mapping[str, Any]], classes: ClassTable, out: Path) -> None:
+    """Draw the IoU of each class, and their mean: bars in the classes' colours, or several columns side by side.
 
     Args:
-        scores: ``SegmentationScores.to_dict()``; classes without an IoU are listed below.
+        columns: name of a protocol or checkpoint -> ``SegmentationScores.to_dict()``; classes without an IoU in any of
+            them are listed below.
         classes: their table.
         out: PNG file.
     """
-    values = {name: scores["classes"][name]["iou"] for name in classes.names}
-    palette = dict(zip(classes.names, classes.palette / 255, strict=False))
-    shown = [name for name, value in values.items() if value is not None]
+    values = {name: [scores["classes"][name]["iou"] for scores in columns.values()] for name in classes.names}
+    shown = [name for name, row in values.items() if any(value is not None for value in row)]
+    means = {label: scores["miou"] for label, scores in columns.items()}
     row, size = (0.24, 8.5) if len(shown) <= 40 else (0.15, 6.5)
     figure = Figure(figsize=(7.5, 1.3 + row * len(shown)), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
-    _panel(axes, f"mIoU {_number(scores['miou'])} over {len(shown)} classes", "intersection over union")
+    _panel(axes, f"IoU of {len(shown)} classes", "intersection over union")
     axes.grid(visible=False, axis="y")
-    colours = [palette[name] for name in shown]
-    axes.barh(shown, [values[name] for name in shown], color=colours, edgecolor="0.35", linewidth=0.5)
-    if scores["miou"] is not None:
-        axes.axvline(scores["miou"], color="0.2", linestyle="--", linewidth=1.2)
+    if len(columns) == 1:
+        ((label, mean),) = means.items()
+        axes.set_title(f"{label}: mIoU {_number(mean)} over {len(shown)} classes", fontsize=11, loc="left")
+        palette = dict(zip(classes.names, classes.palette / 255, strict=False))
+        bars = [values[name][0] for name in shown]
+        axes.barh(shown, bars, color=[palette[name] for name in shown], edgecolor="0.35", linewidth=0.5)
+        for at, value in enumerate(bars):
+            text = axes.text(value + 0.008, at, f"{value:.3f}", va="center", fontsize=size, color="0.25")
+            text.set_in_layout(False)
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # over the line of the mean
+    else:
+        axes.grid(visible=True, axis="y", color="0.93")
+    for number, (label, mean) in enumerate(means.items() if len(columns) > 1 else ()):
+        colour, marker = _COLOURS[number % len(_COLOURS)], "osD^vPX*"[number % 8]
+        dots = [math.nan if (value := values[name][number]) is None else value for name in shown]
+        style = {"color": colour, "markersize": 5, "alpha": 0.85, "label": f"{label}: mIoU {_number(mean)}"}
+        axes.plot(dots, shown, marker, **style)
+    for number, mean in enumerate(means.values()):
+        if mean is not None:
+            colour = "0.2" if len(columns) == 1 else _COLOURS[number % len(_COLOURS)]
+            axes.axvline(mean, color=colour, linestyle="--", linewidth=1.0, zorder=1)
+    if len(columns) > 1:
+        figure.legend(loc="outside upper left", ncols=min(3, len(columns)), frameon=False, fontsize=8)
     axes.tick_params("y", labelsize=size)
-    for at, name in enumerate(shown):
-        label = axes.text(values[name] + 0.008, at, f"{values[name]:.3f}", va="center", fontsize=size, color="0.25")
-        label.set_in_layout(False)
-        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # over the line of the mean
     axes.set_xlim(0, 1.06)
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    if absent := [name for name, value in values.items() if value is None]:
+    if absent := [name for name in values if name not in shown]:
         note = _listed("absent, left out of the mean: ", absent, 110)
         figure.supxlabel(note, fontsize=8, color="0.35", x=0.02, ha="left")
     _save(figure, out)
@@ -235,42 +251,84 @@ def _listed(start: str, names: Sequence[str], width: int) -> str:
 
 # ---------------------------------------------------------------- tables
 
-_COLUMNS = ("iou", "precision", "recall", "f1")
-_TITLES = ("IoU", "precision", "recall", "F1")
+_SUMMARY = {
+    "miou": "mIoU",
+    "category_miou": "mIoU of categories",
+    "fw_iou": "frequency-weighted IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_accuracy": "mean accuracy",
+    "mean_f1": "mean F1",
+    "n_images": "images",
+    "seconds": "seconds",
+}
 
 
-def class_table(scores: Mapping[str, Any]) -> Table:
-    """The scores of each class (``SegmentationScores.to_dict()``) for the terminal."""
-    means = f"pixel accuracy {_number(scores['pixel_accuracy'])}, mean accuracy {_number(scores['mean_accuracy'])}"
-    table = Table(caption=f"{scores['n_images']} images, {means}", caption_justify="left", show_footer=True)
-    table.add_column("class", footer="mean IoU", no_wrap=True)
-    for title in _TITLES:
-        table.add_column(title, footer=_number(scores["miou"]) if title == "IoU" else "", justify="right")
-    table.add_column("pixels", justify="right")
-    for name, entry in scores["classes"].items():
-        style = "dim" if entry["iou"] is None else None
-        table.add_row(name, *(_number(entry[key]) for key in _COLUMNS), f"{entry['pixels']:,}", style=style)
+def score_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Scores side by side for the terminal: the means, then the IoU of each class and category.
+
+    Args:
+        columns: name of a protocol or checkpoint -> ``SegmentationScores.to_dict()``, with ``seconds`` if known.
+    """
+    table = Table()
+    table.add_column("", no_wrap=True)
+    for label in columns:
+        table.add_column(label, justify="right")
+    for section in _sections(columns):
+        for name, cells in section.items():
+            table.add_row(name, *cells, style="dim" if set(cells) == {"-"} else None)
+        table.add_section()
     return table
 
 
-def markdown_table(scores: Mapping[str, Any]) -> str:
-    """The scores of each class (``SegmentationScores.to_dict()``) as a Markdown table."""
-    lines = [f"| class | {' | '.join(_TITLES)} |", "|---|" + "---:|" * len(_TITLES)]
-    for name, entry in scores["classes"].items():
-        lines.append(f"| {name} | {' | '.join(_number(entry[key]) for key in _COLUMNS)} |")
-    lines.append(f"| **mean** | **{_number(scores['miou'])}** |{' |' * (len(_TITLES) - 1)}")
+def markdown_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """What :func:`score_table` shows, as a Markdown table."""
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for name, cells in (row for section in _sections(columns) for row in section.items()):
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def _sections(columns: Mapping[str, Mapping[str, Any]]) -> list[dict[str, list[str]]]:
+    """Rows of name -> one cell for each column: the means, the classes, the categories."""
+    scores = list(columns.values())
+    means = {
+        title: [_number(column.get(key)) for column in scores]
+        for key, title in _SUMMARY.items()
+        if any(key in column for column in scores)
+    }
+    sections = [means]
+    for key, prefix in (("classes", "IoU "), ("categories", "category IoU ")):
+        names = list(dict.fromkeys(name for column in scores for name in column.get(key, ())))
+        sections.append(
+            {
+                prefix + name: [_number(column.get(key, {}).get(name, {}).get("iou")) for column in scores]
+                for name in names
+            }
+        )
+    return [section for section in sections if section]
+
+
+def percent(score: float | None) -> str:
+    """A score in [0, 1] in percent; None is a dash."""
+    return "-" if score is None else f"{100 * score:.2f}"
+
+
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 # ---------------------------------------------------------------- files
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a new JSON file, whole or not at all.
+    """Write a new JSON file; as :func:`write_text`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a new file, whole or not at all.
 
     Raises:
         FileExistsError: it is there already; nothing that exists is overwritten.
@@ -279,7 +337,7 @@ def write_json(path: Path, content: Any) -> None:
         raise FileExistsError(f"{path} exists; nothing is overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
 
 

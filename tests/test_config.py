@@ -86,9 +86,16 @@ def test_every_experiment_says_what_it_is() -> None:
         ("optimizer.algorithm.lr=-1", "optimizer.algorithm.lr: got -1", "at least 0"),
         ("trainer.max_steps=0", "trainer.max_steps: got 0", "at least 1"),
         ("seed=-1", "seed: got -1", "[0, 2**32)"),
-        ("protocol.scales=[]", "protocol.scales: got []", "at least one"),
         ("model.pretrained_sha256=F37072FD", "model.pretrained_sha256: got 'F37072FD'", "8 to 64 hexadecimal digits"),
         ("data.train_split=train+extra data.format=listed", "data.lists", "missing: ['extra', 'train', 'val']"),
+        ("protocol.ss.scales=[]", "protocol.ss.scales: got []", "at least one"),
+        ("protocol.ss.merge=max", "protocol.ss.merge: got 'max'", "mean_prob | log_prob | reference"),
+        ("protocol.ss.window=[64,64]", "protocol.ss.window: got [64, 64]", "crop is false"),
+        ("protocol.ss.stride=0", "protocol.ss.stride: got 0.0", "(0, 1]"),
+        ("+protocol.ss.foo=3", "unknown key protocol.ss.foo", "scales, flip"),
+        ("protocol=[]", "protocol: got {}", "at least one protocol"),
+        ("data.eval_window=[3]", "data.eval_window: got [3]", "at least 32"),
+        ("evaluation.max_pixels_per_batch=0", "evaluation.max_pixels_per_batch: got 0", "at least 1"),
         ("+model.foo=3", "unknown key model.foo", "name, network, output_layers"),
         ("+data.synthetic.foo=3", "unknown key data.synthetic.foo", "train, val, test"),
         ("+foo=3", "unknown key foo", "name, seed"),
@@ -166,6 +173,63 @@ def test_a_configuration_is_accepted_exactly_when_its_steps_can_work(max_steps: 
     else:
         with pytest.raises(ValueError, match=r"trainer.max_steps|scheduler.warmup_steps"):
             config.check(cfg)
+
+
+def protocol_names(*overrides: str) -> list[str]:
+    cfg = composed(*overrides)
+    config.check(cfg)
+    return list(config.protocols(config.typed(cfg.protocol), config.typed(cfg.data)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["protocol=ss"], "ss"),
+        (["protocol=mscf", "data=camvid"], "mscf"),  # the window belongs to the data
+        (["protocol=ssc", "data=cityscapes", "protocol.ssc.window=[1024,1024]"], "ssc"),  # said, but nothing changed
+        (["protocol.ss.scales=[0.5]"], "ss-scales-0.5"),
+        (["protocol=mscf", "protocol.mscf.flip=false", "protocol.mscf.stride=0.5"], "mscf-flip-false-stride-0.5"),
+        (["protocol=ssc", "protocol.ssc.window=[128,64]"], "ssc-window-128-64"),
+        (["protocol=ssc", "protocol.ssc.merge=log_prob"], "ssc-merge-log_prob"),
+    ],
+)
+def test_a_name_means_one_definition(overrides: list[str], name: str) -> None:
+    assert protocol_names(*overrides) == [name]
+    assert composed(*overrides, "callbacks=early_stopping").callbacks.early_stopping.monitor == f"val/{name}/miou"
+
+
+def test_protocols_are_chosen_together_and_the_first_one_validates() -> None:
+    assert protocol_names("protocol=all") == ["ss", "half", "ssc", "msf", "mscf", "mscf_older"]
+    assert protocol_names("protocol=[msf,ss]") == ["msf", "ss"]
+    evaluation = composed("checkpoint=[a,b]", "protocol=[msf,ss]", name="evaluate")
+    config.check(evaluation)
+    assert config.typed(evaluation).checkpoints == ["a", "b"]
+    assert composed("checkpoint=a", name="evaluate").protocol == {}  # those of the training
+
+
+@pytest.mark.parametrize("checkpoint", ["[a,a/]", "3", "[]"])
+def test_checkpoints_are_paths_that_differ(checkpoint: str) -> None:
+    with pytest.raises(ValueError, match="checkpoint: got"):
+        config.check(composed(f"checkpoint={checkpoint}", name="evaluate"))
+
+
+def test_a_protocol_of_ones_own_keeps_its_name_until_it_is_changed(tmp_path: Path) -> None:
+    (tmp_path / "protocol").mkdir()
+    (tmp_path / "protocol" / "mine.yaml").write_text("mine: {scales: [1, 2], flip: true}")
+    program = (
+        "from bisenet import config\n"
+        "@config.entry('train')\n"
+        "def main(cfg):\n"
+        "    print(*config.protocols(config.typed(cfg.protocol), config.typed(cfg.data)))\n"
+        "main()\n"
+    )
+    for overrides, name in (
+        (["protocol=mine"], "mine"),
+        (["protocol=mine", "protocol.mine.flip=false"], "mine-flip-false"),
+    ):
+        folder = f"hydra.run.dir={tmp_path / name}"
+        done = run("-c", program, "--config-dir", str(tmp_path), *overrides, folder)
+        assert done.stdout.split() == [name], done.stderr
 
 
 def test_recipes_are_the_published_ones() -> None:

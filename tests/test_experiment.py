@@ -6,20 +6,28 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
 from test_config import composed
 
 import bisenet
-from bisenet import checkpoint, config, experiment
+from bisenet import checkpoint, config, experiment, report
 from bisenet.classes import ClassTable
+from bisenet.config import ProtocolConfig
+from bisenet.data import SegmentationDataModule
+from bisenet.module import SegmentationModule
 
 ROOT = Path(__file__).parents[1]
-FAST = ["debug=fast", "trainer.progress=false", "trainer.accelerator=cpu", "model.network.width_multiplier=0.25"]
+FAST = ["debug=fast", "trainer.progress=false", "trainer.accelerator=cpu", "model.network.width_multiplier=0.25",
+        "protocol=[ss,half]"]  # fmt: skip
 VARIANTS = ["bisenetv1", "bisenetv1_diss", "bisenetv1_ushape", "bisenetv2", "bisenetv2_large"]
 
 
@@ -50,7 +58,14 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 
 def results(run: Path) -> dict[str, Any]:
-    return {k: v for k, v in json.loads((run / "results.json").read_text()).items() if k != "train_seconds"}
+    """What ``results.json`` holds, without the times."""
+
+    def timeless(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {k: timeless(v) for k, v in node.items() if not k.endswith("seconds")}
+        return node
+
+    return timeless(json.loads((run / "results.json").read_text()))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -68,13 +83,22 @@ def test_a_run_directory_holds_what_a_reader_needs(finished: Path) -> None:
                  "checkpoints/best.ckpt"):  # fmt: skip
         assert (finished / name).is_file(), name
     assert {p.name for p in (finished / "figures").glob("*.png")} == {
-        "curves.png", "iou_per_class.png", "confusion.png", "predictions.png"}  # fmt: skip
+        "curves.png", "iou_per_class.png", "confusion_ss.png", "confusion_half.png", "predictions.png"}  # fmt: skip
     found = results(finished)
-    assert found["step"] == 6
-    assert (found["protocol"], found["split"]) == ("ss", "val")
-    assert 0 <= found["miou"] <= 1
-    assert found["best_on_val"]["selected_on"] == "val"
-    assert found["best_on_val"]["miou"] >= found["miou"]  # the split that selects is the split that is reported here
+    assert (found["step"], found["split"]) == (6, "val")
+    assert list(found["protocols"]) == ["ss", "half"]
+    single = found["protocols"]["ss"]
+    assert 0 <= single["miou"] <= 1
+    assert single["definition"] == asdict(ProtocolConfig())
+    assert (single["n_images"], len(single["classes"])) == (3, 19)
+    assert set(single["categories"]) == set(ClassTable.load("cityscapes").categories)
+    assert (
+        f"| mIoU | {single['miou']:.4f} | {found['protocols']['half']['miou']:.4f} |"
+        in (finished / "results.md").read_text()
+    )
+    best = found["best_on_val"]
+    assert best["selected_on"] == "val"
+    assert best["protocols"]["ss"]["miou"] >= single["miou"]  # the split that selects is the one reported here
     provenance = json.loads((finished / "provenance.json").read_text())
     assert provenance["seeds"] == {"seed": 0, "init_seed": 0, "data_seed": 0}
     assert provenance["versions"]["torch"] == torch.__version__
@@ -102,8 +126,112 @@ def test_evaluating_the_checkpoint_repeats_the_number(finished: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     again = results(finished.parent / "again")
-    assert again["scores"] == results(finished)["scores"]
+    assert again["protocols"] == results(finished)["protocols"]
     assert again["step"] == 6
+
+
+def test_several_checkpoints_and_protocols_are_put_side_by_side(finished: Path, tmp_path: Path) -> None:
+    """In one call; what the training scored is scored the same, and the name of a changed preset says so."""
+    files = [str(finished / "checkpoints" / name) for name in ("last.ckpt", "best.ckpt")]
+    cfg = composed(f"checkpoint=[{','.join(files)}]", "protocol=[mscf,ss]", "protocol.mscf.scales=[0.5,1]",
+                   "evaluation.split=test", "workers=0", "accelerator=cpu", name="evaluate")  # fmt: skip
+    config.check(cfg)
+    last, best = experiment.evaluate(config.typed(cfg), tmp_path)
+    names = ["mscf-scales-0.5-1", "ss"]
+    for label, found in (("last", last), ("best", best)):
+        assert list(found["protocols"]) == names
+        assert json.loads((tmp_path / label / "results.json").read_text()) == found
+        assert found["split"] == "test"
+        assert found["protocols"]["mscf-scales-0.5-1"]["definition"]["window"] == [256, 256]
+        for name in names:
+            scores = found["protocols"][name]
+            assert scores["seconds"] > 0
+            assert np.load(tmp_path / label / f"counts_test_{name}.npz")["per_image"].shape == (2, 3, 19)
+    header, *_ = (tmp_path / "results.md").read_text().splitlines()
+    assert header == f"| | {' | '.join(f'{label} {name}' for label in ('last', 'best') for name in names)} |"
+    assert (tmp_path / "figures" / "iou_per_class.png").is_file()
+
+
+def test_checkpoints_of_other_classes_are_not_put_side_by_side(finished: Path, tmp_path: Path) -> None:
+    module = experiment.build(composed("data=camvid", "model.network.width_multiplier=0.25"), ClassTable.load("camvid"))
+    content: dict[str, Any] = {"state_dict": module.state_dict(), "global_step": 0}
+    module.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "camvid.ckpt")
+    cfg = composed(f"checkpoint=[{finished},{tmp_path / 'camvid.ckpt'}]", name="evaluate")
+    with pytest.raises(ValueError, match=r"camvid\.ckpt predicts the classes of camvid"):
+        experiment.evaluate(config.typed(cfg), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [([], 0), (["protocol=[ss,half]"], 1), (["evaluation.split=test"], 1), (["trainer.val_interval=2"], 1)],
+    ids=["the same", "more protocols", "another split", "an earlier step"],
+)
+def test_what_the_last_validation_scored_is_not_scored_again(
+    overrides: list[str], passes: int, scenes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(experiment.Trainer, "test", _counted(experiment.Trainer.test, calls))
+    cfg = composed("debug=fast", *scenes, "trainer.max_steps=3", "trainer.accelerator=cpu", "trainer.progress=false",
+                   "model.network.width_multiplier=0.25", "data.workers=0", *overrides)  # fmt: skip
+    found = experiment.train(cfg, tmp_path)
+    best_is_another = found["best_on_val"]["step"] != found["step"]
+    assert len(calls) == passes + best_is_another
+    split = found["split"]
+    for name, scores in found["protocols"].items():
+        counts = np.load(tmp_path / f"counts_{split}_{name}.npz")
+        assert len(counts["image_index"]) == scores["n_images"] == {"val": 3, "test": 2}[split]
+
+
+def _counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    return counting
+
+
+class SaveCounts(Callback):
+    """What each protocol counted, from the process that knows it to a file."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        torch.set_num_threads(1)  # a forked process must not touch the thread pool of its parent
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, SegmentationModule)
+        if trainer.is_global_zero:
+            for name, (scores, _) in pl_module.evaluation.items():
+                report.write_counts(Path(f"{self.prefix}_{name}.npz"), scores)
+
+
+def test_two_ranks_score_as_one_where_images_do_not_divide(scenes: list[str], tmp_path: Path) -> None:
+    """Three pictures of two sizes on two processes, under two protocols."""
+    root = tmp_path / "data"
+    scenes = "data.synthetic={train: 1, val: 3, test: 1, size: [64, 96]}"
+    cfg = composed("protocol=[ss,ssc]", f"data.root={root}", scenes, "data.eval_window=[32,32]", "data.workers=0",
+                   "model.network.width_multiplier=0.25")  # fmt: skip
+    typed = config.typed(cfg)
+    data = SegmentationDataModule(typed.data, typed.augment, seed=0)
+    data.prepare_data()
+    image, label = (next(root.rglob(f"val/*/*{kind}.png")) for kind in ("_leftImg8bit", "_labelIds"))
+    for file in (image, label):
+        with Image.open(file) as picture:
+            picture.crop((0, 0, 70, 50)).save(file)
+    module = experiment.build(cfg, data.table)
+    found = []
+    for strategy, devices in (("ddp_fork", 2), ("auto", 1)):
+        trainer = Trainer(accelerator="cpu", strategy=strategy, devices=devices, use_distributed_sampler=False,
+                          logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                          enable_model_summary=False, callbacks=[SaveCounts(tmp_path / strategy)])  # fmt: skip
+        trainer.test(module, datamodule=data, verbose=False)
+        found.append([np.load(tmp_path / f"{strategy}_{name}.npz") for name in ("ss", "ssc")])
+    for two, one in zip(*found, strict=True):
+        assert one["image_index"].tolist() == [0, 1, 2]
+        assert all(np.array_equal(one[key], two[key]) for key in one)
 
 
 def test_a_checkpoint_predicts_with_nothing_else(finished: Path) -> None:
@@ -200,7 +328,7 @@ def test_camvid_trains_and_reports_the_test_split(camvid: Path, tmp_path: Path) 
                    "trainer.progress=false", "trainer.accelerator=cpu")  # fmt: skip
     (tmp_path / "run").mkdir()
     found = experiment.train(cfg, tmp_path / "run")
-    assert (found["split"], found["scores"]["n_images"]) == ("test", 8)
+    assert (found["split"], found["protocols"]["ss"]["n_images"]) == ("test", 8)
     assert found["best_on_val"]["selected_on"] == "val"
 
 

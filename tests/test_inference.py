@@ -1,16 +1,26 @@
 """Views, their merging, and pictures in, train ids out."""
 
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_config import composed
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
+from bisenet import config
 from bisenet.classes import ClassTable
 from bisenet.config import ProtocolConfig
-from bisenet.inference import Segmenter, predict_scores, view_size
+from bisenet.inference import Segmenter, predict, view_size, windows
 from bisenet.networks import BiSeNetV2, SegmentationOutput
 
 CLASSES = ClassTable.load("camvid")
@@ -39,33 +49,230 @@ def test_a_view_is_the_scaled_size_rounded_up(height: int, width: int, scale: fl
         assert int(scale * side) <= viewed < max(int(scale * side), 1) + multiple
 
 
-@given(st.integers(20, 100), st.integers(20, 100), st.sampled_from([[1.0], [0.5, 1.0], [0.75]]), st.booleans())
-def test_scores_are_the_mean_softmax_of_the_views(height: int, width: int, scales: list[float], flip: bool) -> None:
-    torch.manual_seed(height)
-    network, image = Patches(), torch.randn(2, 3, height, width)
-    expected = []
-    for scale in scales:
-        size = tuple(-(-int(scale * side) // 32) * 32 or 32 for side in (height, width))
-        view = interpolate(image, size, mode="bilinear", align_corners=True)
-        for mirrored in [False, True][: 1 + flip]:
-            logits = network(view.flip(-1) if mirrored else view).logits
-            full = interpolate(logits, size, mode="bilinear", align_corners=False)
-            full = interpolate(full, (height, width), mode="bilinear", align_corners=True)
-            expected.append((full.flip(-1) if mirrored else full).softmax(1))
-    scores = predict_scores(network, image, ProtocolConfig("x", scales, flip))
-    assert scores.shape == (2, 11, height, width)
-    one_view = len(expected) == 1
-    torch.testing.assert_close(scores.softmax(1) if one_view else scores, torch.stack(expected).mean(0))
+# ---------------------------------------------------------------- protocols, restated
 
 
-def test_single_scale_forwards_one_view_once() -> None:
-    network = Patches()
-    predict_scores(network, torch.zeros(1, 3, 360, 480), ProtocolConfig("ss"))
-    assert network.seen == [(1, 3, 384, 480)]
+class Seen(NamedTuple):
+    """A piece of a view that the network was shown."""
+
+    view: tuple[int, int]
+    box: tuple[int, int, int, int]
+    mirrored: bool
+
+
+def restated(network: Patches, image: Tensor, protocol: ProtocolConfig) -> tuple[Tensor, set[Seen]]:
+    """A protocol as its description says it, a piece at a time, in float64: scores, and what was shown."""
+    shown: set[Seen] = set()
+    height, width = image.shape[-2:]
+    activation = torch.log_softmax if protocol.merge == "log_prob" else torch.softmax
+
+    def logits(piece: Tensor, view: tuple[int, int], box: tuple[int, int, int, int], mirrored: bool) -> Tensor:
+        shown.add(Seen(view, box, mirrored))
+        out = network(piece.flip(-1) if mirrored else piece).logits
+        out = interpolate(out, piece.shape[-2:], mode="bilinear", align_corners=network.align_corners)
+        return out.flip(-1) if mirrored else out
+
+    total = image.new_zeros(())
+    for scale in protocol.scales:
+        h, w = (max(1, int(scale * side)) for side in (height, width))
+        if not protocol.crop:
+            h, w = (-(-side // protocol.size_multiple) * protocol.size_multiple for side in (h, w))
+            view = interpolate(image, (h, w), mode="bilinear", align_corners=True)
+            for mirrored in [False, True][: 1 + protocol.flip]:
+                full = logits(view, (h, w), (0, 0, h, w), mirrored)
+                full = interpolate(full, (height, width), mode="bilinear", align_corners=True)
+                total = total + activation(full, 1)
+            continue
+        assert protocol.window is not None
+        ch, cw = protocol.window
+        view = interpolate(image, (h, w), mode="bilinear", align_corners=True)
+        canvas = image.new_zeros(1, 3, max(h, ch), max(w, cw))
+        up, left = (canvas.shape[2] - h) // 2, (canvas.shape[3] - w) // 2
+        canvas[:, :, up : up + h, left : left + w] = view
+        probability, times = 0, image.new_zeros(canvas.shape[2:])
+        for y0 in range(0, canvas.shape[2] - ch + math.ceil(protocol.stride * ch), math.ceil(protocol.stride * ch)):
+            for x0 in range(0, canvas.shape[3] - cw + math.ceil(protocol.stride * cw), math.ceil(protocol.stride * cw)):
+                y, x = min(y0, canvas.shape[2] - ch), min(x0, canvas.shape[3] - cw)
+                box = (y - up, x - left, y - up + ch, x - left + cw)
+                chip = canvas[:, :, y : y + ch, x : x + cw]
+                p = activation(logits(chip, (h, w), box, False), 1)
+                if protocol.flip:
+                    p = p + activation(logits(chip, (h, w), box, True), 1)
+                if protocol.flip and protocol.merge == "reference":
+                    p = p.exp()
+                padding = (x, canvas.shape[3] - cw - x, y, canvas.shape[2] - ch - y)
+                probability = probability + pad(p, padding)
+                times[y : y + ch, x : x + cw] += 1
+        assert (times > 0).all()
+        if protocol.merge != "reference":
+            probability = probability / times
+        probability = probability[:, :, up : up + h, left : left + w]
+        total = total + interpolate(probability, (height, width), mode="bilinear", align_corners=True)
+    return total, shown
+
+
+protocols_ = st.builds(
+    ProtocolConfig,
+    scales=st.lists(st.sampled_from([0.5, 0.75, 1.0, 1.25, 1.5, 1.75]), min_size=1, max_size=3, unique=True),
+    flip=st.booleans(),
+    size_multiple=st.sampled_from([8, 32]),
+    crop=st.booleans(),
+    stride=st.sampled_from([0.5, 2 / 3, 5 / 6, 1.0]),
+    merge=st.sampled_from(["mean_prob", "log_prob", "reference"]),
+)
+sides = st.integers(20, 120)
+window_sides = st.sampled_from([32, 40, 57, 64, 130])
+
+
+def with_window(protocol: ProtocolConfig, window: tuple[int, int]) -> ProtocolConfig:
+    return replace(protocol, window=list(window)) if protocol.crop else protocol
+
+
+@settings(max_examples=60)
+@given(sides, sides, st.integers(2, 30), protocols_, window_sides, window_sides, st.booleans(), st.integers(0, 9))
+def test_a_protocol_is_what_its_description_says(
+    height: int, width: int, classes: int, protocol: ProtocolConfig, ch: int, cw: int, align_corners: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    network, image = Patches(classes), torch.randn(1, 3, height, width)
+    network.align_corners = align_corners
+    protocol = with_window(protocol, (ch, cw))
+    (found,) = predict(network, image, [protocol], 10_000)
+    expected, _ = restated(network.double(), image.double(), protocol)
+    best = expected.topk(2, dim=1)
+    differ = found.train_ids != best.indices[:, 0]
+    assert found.train_ids.shape == (1, height, width)
+    assert differ.sum() <= max(1, 5e-4 * height * width)
+    assert ((best.values[:, 0] - best.values[:, 1])[differ] < 1e-5).all()  # only where two classes tie in float32
+
+
+@given(sides, sides, st.lists(protocols_, min_size=2, max_size=4), window_sides, st.integers(1, 30_000))
+def test_what_protocols_share_is_forwarded_once_and_alters_none(
+    height: int, width: int, protocols: list[ProtocolConfig], window: int, most: int
+) -> None:
+    torch.manual_seed(width)
+    network, image = Patches(), torch.randn(1, 3, height, width)
+    protocols = [with_window(protocol, (window, window)) for protocol in protocols]
+    views: set[Seen] = set()
+    for protocol in protocols:
+        views |= restated(network, image, protocol)[1]
+    network.seen.clear()
+    together = predict(network, image, protocols, most)
+    pixels = [n * h * w for n, _, h, w in network.seen]
+    assert sum(pixels) == sum((bottom - top) * (right - left) for _, (top, left, bottom, right), _ in views)
+    assert all(total <= most or n == 1 for total, (n, *_) in zip(pixels, network.seen, strict=True))
+    for protocol, found in zip(protocols, together, strict=True):
+        (alone,) = predict(network, image, [protocol], 10**9)
+        assert (alone.train_ids != found.train_ids).sum() <= 1  # a tie in float
+        assert found.seconds > 0
+
+
+def test_the_presets_share_most_of_their_views() -> None:
+    """At the size of Cityscapes, a 16th: what each would forward alone and what all forward together."""
+    presets = all_presets(window=[64, 64])
+    network, image = Patches(), torch.zeros(1, 3, 64, 128)
+    areas = {}
+    for names in [[name] for name in presets] + [list(presets)]:
+        network.seen.clear()
+        predict(network, image, [presets[name] for name in names], 10**9)
+        areas["+".join(names)] = sum(n * h * w for n, _, h, w in network.seen) / (64 * 128)
+    together = areas.pop("+".join(presets))
+    assert areas["ss"] == 1
+    assert areas["mscf"] == 37  # 74 windows of half the picture
+    assert together < sum(areas.values()) - 10
+
+
+def all_presets(window: list[int]) -> dict[str, ProtocolConfig]:
+    cfg = composed("protocol=all", f"data.eval_window={window}")
+    return config.protocols(config.typed(cfg.protocol), config.typed(cfg.data))
+
+
+@pytest.mark.parametrize("generation", ["current", "older"])
+def test_a_single_view_is_the_argmax_of_the_logits_bit_by_bit(generation: str) -> None:
+    torch.manual_seed(0)
+    network = BiSeNetV2(11, width_multiplier=0.25, generation=generation).eval()  # type: ignore[arg-type]
+    image = torch.randn(2, 3, 72, 100)
+    with torch.no_grad():
+        view = interpolate(image, (96, 128), mode="bilinear", align_corners=True)
+        logits = interpolate(network(view).logits, (96, 128), mode="bilinear", align_corners=network.align_corners)
+        expected = interpolate(logits, (72, 100), mode="bilinear", align_corners=True).argmax(1)
+        (found,) = predict(network, image, [ProtocolConfig()], 10**9)
+        beside, _ = predict(network, image, [ProtocolConfig(), ProtocolConfig(flip=True)], 10**9)
+    assert torch.equal(found.train_ids, expected)
+    assert torch.equal(beside.train_ids, expected)
+
+
+@given(sides, sides, window_sides, window_sides, st.floats(0.05, 1))
+def test_windows_cover_every_pixel_and_leave_a_view_only_to_centre_it(
+    height: int, width: int, ch: int, cw: int, stride: float
+) -> None:
+    covered = np.zeros((height, width), int)
+    for top, left, bottom, right, _ in windows((height, width), (ch, cw), stride):
+        assert (bottom - top, right - left) == (ch, cw)
+        covered[max(top, 0) : bottom, max(left, 0) : right] += 1
+        for start, end, side in ((top, bottom, height), (left, right, width)):
+            inside = start >= 0 and end <= side
+            centred = start <= 0 and end >= side and abs(-start - (end - side)) <= 1
+            assert inside or centred
+    assert covered.min() >= 1
+
+
+def test_a_batch_is_its_pictures() -> None:
+    torch.manual_seed(0)
+    network, images = Patches(), torch.randn(3, 3, 50, 70)
+    presets = list(all_presets(window=[32, 32]).values())
+    together = predict(network, images, presets, 10_000)
+    for i in range(3):
+        for found, alone in zip(together, predict(network, images[i : i + 1], presets, 10_000), strict=True):
+            assert (found.train_ids[i] != alone.train_ids[0]).sum() <= 1
+
+
+_MEMORY = """
+import resource, torch
+from test_inference import Patches, all_presets
+from bisenet.inference import predict
+classes, height, width, window = {case}
+torch.manual_seed(0)
+network, presets = Patches(classes).eval(), list(all_presets(window=[window, window]).values())
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with torch.inference_mode():
+    predict(network, torch.randn(1, 3, 64, 64), presets, 4 * 1024**2)
+    before = peak()
+    predict(network, torch.randn(1, 3, height, width), presets, 4 * 1024**2)
+print((peak() - before) / 2**30)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [(19, 1024, 2048, 1024), (171, 640, 640, 640)], ids=["cityscapes", "coco_stuff"])
+def test_all_protocols_together_stay_within_four_gibibytes(case: tuple[int, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY.format(case=case)],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) < 4
+
+
+# ---------------------------------------------------------------- the segmenter
+
+
+def segmenter_of(network: nn.Module, **protocols: ProtocolConfig) -> Segmenter:
+    return Segmenter(network, CLASSES, [0.4] * 3, [0.3] * 3, protocols or {"ss": ProtocolConfig()})
+
+
+def test_the_first_protocol_predicts_and_each_can_be_asked_for() -> None:
+    torch.manual_seed(0)
+    segmenter = segmenter_of(Patches(), half=ProtocolConfig([0.5]), ss=ProtocolConfig())
+    image = torch.randint(0, 256, (1, 3, 70, 90), dtype=torch.uint8)
+    found = segmenter.predictions(image, ["ss", "half"])
+    assert torch.equal(segmenter(image), found["half"].train_ids)
+    assert not torch.equal(found["ss"].train_ids, found["half"].train_ids)
 
 
 def test_normalisation_is_that_of_the_data_set() -> None:
-    segmenter = Segmenter(Patches(), CLASSES, [0.2, 0.4, 0.6], [0.1, 0.2, 0.5], ProtocolConfig("ss"))
+    segmenter = Segmenter(Patches(), CLASSES, [0.2, 0.4, 0.6], [0.1, 0.2, 0.5], {"ss": ProtocolConfig()})
     image = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     mean, std = torch.tensor([0.2, 0.4, 0.6]).view(3, 1, 1), torch.tensor([0.1, 0.2, 0.5]).view(3, 1, 1)
     torch.testing.assert_close(segmenter.normalize(image), (image / 255 - mean) / std)
@@ -73,7 +280,7 @@ def test_normalisation_is_that_of_the_data_set() -> None:
 
 @given(st.integers(1, 130), st.integers(1, 130))
 def test_a_picture_of_any_size_is_segmented(height: int, width: int) -> None:
-    segmenter = Segmenter(Patches(), CLASSES, [0.4] * 3, [0.3] * 3, ProtocolConfig("ss"))
+    segmenter = segmenter_of(Patches())
     rgb = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     mask = segmenter.predict(rgb)
     assert mask.shape == (height, width)
@@ -83,7 +290,7 @@ def test_a_picture_of_any_size_is_segmented(height: int, width: int) -> None:
 
 
 def test_predicting_leaves_the_mode_alone_and_does_not_touch_statistics() -> None:
-    segmenter = Segmenter(BiSeNetV2(11), CLASSES, [0.4] * 3, [0.3] * 3, ProtocolConfig("ss")).train()
+    segmenter = segmenter_of(BiSeNetV2(11)).train()
     before = {key: value.clone() for key, value in segmenter.state_dict().items()}
     segmenter.predict(np.zeros((64, 64, 3), np.uint8))
     assert segmenter.training
@@ -93,6 +300,6 @@ def test_predicting_leaves_the_mode_alone_and_does_not_touch_statistics() -> Non
 @pytest.mark.parametrize("wrong", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3)),
                                    np.zeros((0, 8, 3), np.uint8)])  # fmt: skip
 def test_what_is_no_rgb_picture_is_refused(wrong: np.ndarray) -> None:
-    segmenter = Segmenter(Patches(), CLASSES, [0.4] * 3, [0.3] * 3, ProtocolConfig("ss"))
+    segmenter = segmenter_of(Patches())
     with pytest.raises(ValueError, match="RGB picture"):
         segmenter.predict(wrong)

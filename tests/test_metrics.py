@@ -123,6 +123,18 @@ def test_official_cityscapes_evaluator_agrees(tmp_path: Path):
     assert 0.0 in scores.iou  # predicted, never true
     np.testing.assert_array_equal(scores.iou, [result["classScores"][name] for name in classes.names])
     assert f"{scores.miou:.12f}" == f"{result['averageScoreClasses']:.12f}"
+    table = scores.to_dict(classes.names, classes.categories)
+    official_categories = {k: v for k, v in result["categoryScores"].items() if k != "void"}
+    assert {name: entry["iou"] for name, entry in table["categories"].items()} == official_categories
+    assert f"{table['category_miou']:.12f}" == f"{result['averageScoreCategories']:.12f}"
+
+
+def test_mistakes_within_a_category_are_none_for_it():
+    prediction, target = torch.tensor([[[0, 1, 1, 2]]]), torch.tensor([[[1, 0, 2, 255]]])
+    scores = scores_of(prediction, target, classes=4)
+    assert scores.category_iou(["a", "a", "b", None]) == {"a": pytest.approx(2 / 3), "b": 0.0}
+    assert math.isnan(scores.category_iou(["a", "a", "a", "c"])["c"])
+    assert "categories" not in scores.to_dict("wxyz", [None] * 4)
 
 
 def test_to_dict_is_json_with_none_for_what_is_undefined():
@@ -133,6 +145,7 @@ def test_to_dict_is_json_with_none_for_what_is_undefined():
     assert second == {"iou": 0.5, "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "pixels": 2}
     assert third == {"iou": None, "precision": None, "recall": None, "f1": None, "pixels": 0}
     assert (table["miou"], table["absent"], table["n_images"]) == (0.5, ["c", "d"], 1)
+    assert table["mean_f1"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="got 3, accepted: one for each of the 4"):
         scores_of(*make_images(classes=4), classes=4).to_dict(names[:3])
 

@@ -162,7 +162,7 @@ def test_smoothing_stays_among_the_values(values: list[float], repeat: int) -> N
 @pytest.mark.parametrize(("classes", "largest"), [(2, 2), (19, 17), (171, 160)])
 def test_scores_are_drawn_for_few_and_many_classes(classes: int, largest: int, tmp_path: Path) -> None:
     known, found = CITYSCAPES if classes == 19 else table(classes), scores(classes, largest)
-    report.plot_iou(found.to_dict(known.names), known, tmp_path / "iou.png")
+    report.plot_iou({"ss": found.to_dict(known.names)}, known, tmp_path / "iou.png")
     report.plot_confusion(found.confusion, known.names, tmp_path / "confusion.png")
     iou, confusion = picture(tmp_path / "iou.png"), picture(tmp_path / "confusion.png")
     assert len(iou) > 15 * largest  # a row for each class that occurs
@@ -172,12 +172,19 @@ def test_scores_are_drawn_for_few_and_many_classes(classes: int, largest: int, t
         assert bars == [index < largest for index in range(19) if np.ptp(CITYSCAPES.palette[index]) > 60]
 
 
+@pytest.mark.parametrize("count", [2, 6, 13])
+def test_protocols_are_drawn_side_by_side(count: int, tmp_path: Path) -> None:
+    columns = {f"protocol {i}": scores(19, 17 + i % 3, seed=i).to_dict(CITYSCAPES.names) for i in range(count)}
+    report.plot_iou(columns, CITYSCAPES, tmp_path / "iou.png")
+    assert len(picture(tmp_path / "iou.png")) > 15 * 19
+
+
 def test_scores_of_nothing_are_drawn(tmp_path: Path) -> None:
     nothing = SegmentationMetric(19)
     ignored = torch.full((1, 4, 4), 255)
     nothing.update(torch.zeros_like(ignored), ignored, torch.tensor([0]))
     found = nothing.compute()
-    report.plot_iou(found.to_dict(CITYSCAPES.names), CITYSCAPES, tmp_path / "iou.png")
+    report.plot_iou({"ss": found.to_dict(CITYSCAPES.names)}, CITYSCAPES, tmp_path / "iou.png")
     report.plot_confusion(found.confusion, CITYSCAPES.names, tmp_path / "confusion.png")
     picture(tmp_path / "iou.png")
     picture(tmp_path / "confusion.png")
@@ -193,19 +200,26 @@ def test_confusion_is_coloured_by_the_share_of_the_true_class(tmp_path: Path) ->
 # ---------------------------------------------------------------- tables and files
 
 
-def test_tables_hold_every_class_and_the_mean() -> None:
-    found = scores(19, 17).to_dict(CITYSCAPES.names)
+def test_tables_hold_every_class_of_every_column() -> None:
+    columns = {
+        "ss": scores(19, 17).to_dict(CITYSCAPES.names, CITYSCAPES.categories) | {"seconds": 1.5},
+        "other": scores(19, 18, seed=1).to_dict(CITYSCAPES.names),
+    }
     console = Console(file=(terminal := StringIO()), width=120)
-    console.print(report.class_table(found))
-    markdown = report.markdown_table(found)
+    console.print(report.score_table(columns))
+    markdown = report.markdown_table(columns)
     for shown in (terminal.getvalue(), markdown):
-        assert all(name in shown for name in CITYSCAPES.names)
-        assert f"{found['miou']:.4f}" in shown
-        assert f"{found['classes']['road']['iou']:.4f}" in shown
+        assert all(f"IoU {name} " in shown for name in (*CITYSCAPES.names, "flat", "vehicle"))
+        for found in columns.values():
+            assert f"{found['miou']:.4f}" in shown
+            assert f"{found['classes']['road']['iou']:.4f}" in shown
     lines = markdown.splitlines()
-    assert len(lines) == 2 + 19 + 1
-    assert len({line.count("|") for line in lines}) == 1
-    assert lines[-2] == "| bicycle | - | - | - | - |"
+    assert lines[0] == "| | ss | other |"
+    assert {line.count("|") for line in lines} == {4}
+    assert f"| IoU motorcycle | - | {columns['other']['classes']['motorcycle']['iou']:.4f} |" in lines
+    assert "| IoU bicycle | - | - |" in lines
+    assert "| images | 2 | 2 |" in lines
+    assert "| seconds | 1.5000 | - |" in lines
 
 
 def test_json_is_written_once(tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from rich.console import Console
 from torch import nn
 
 from bisenet import checkpoint, config, report
+from bisenet import predict as prediction
 from bisenet.callbacks import LastCheckpoint, ProgressBar, StepClock, csv_logger
 from bisenet.classes import ClassTable
-from bisenet.config import EvaluateConfig, LossConfig, SchedulerConfig, TrainConfig
+from bisenet.config import DataConfig, EvaluateConfig, LossConfig, PredictConfig, SchedulerConfig, TrainConfig
 from bisenet.data import SegmentationDataModule
 from bisenet.inference import Segmenter
 from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy
@@ -65,11 +66,13 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
     data = SegmentationDataModule(typed.data, typed.augment, seed=typed.data_seed)
     module = build(cfg, data.table)  # first, since it is quick: what cannot be built needs no data
+    last = run_dir / "checkpoints" / "last.ckpt"
+    continued = resumed and last.exists()
+    if typed.finetune_from is not None and not continued:
+        checkpoint.finetune(module.segmenter.network, typed.finetune_from)
     data.prepare_data()
     data.setup()
 
-    last = run_dir / "checkpoints" / "last.ckpt"
-    continued = resumed and last.exists()
     if not resumed:
         report.write_json(run_dir / "provenance.json", provenance(typed))
     best = ModelCheckpoint(
@@ -140,7 +143,7 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> dict[str, Any]:
         ValueError: a file that is no checkpoint of ours, or a data set that does not fit it.
     """
     _quiet()
-    read = checkpoint.read(cfg.checkpoint)
+    read = read_model(cfg.checkpoint, cfg.data)
     trained = config.restore(read.config)
     typed: TrainConfig = config.typed(trained)
     typed.data.root = cfg.data_root or typed.data.root
@@ -172,12 +175,69 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> dict[str, Any]:
     return results
 
 
-def load(path: str | PathLike[str]) -> Segmenter:
-    """The trained model of a checkpoint file or a run directory, in evaluation mode on the CPU."""
-    read = checkpoint.read(path)
+def read_model(path: str | PathLike[str], data: str | DataConfig | None = None) -> checkpoint.Checkpoint:
+    """A checkpoint of ours, or published weights completed to one by the data set that they were trained on.
+
+    Args:
+        path: a run directory, a ``.ckpt`` of it, or a state dict of the reference, of either generation.
+        data: option of ``conf/data``, or a data set; only for the latter, which knows neither classes nor
+            normalisation. Older BiSeNetV1 was always normalised as ImageNet, whatever ``data`` says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: neither of both; ``data`` missing, not needed or with another number of classes.
+    """
+    found = checkpoint.read_any(path)
+    if isinstance(found, checkpoint.Checkpoint):
+        if data is not None:
+            raise ValueError(f"data: {found.path} knows the data set it was trained on; accepted: no data here")
+        return found
+    if data is None:
+        raise ValueError(
+            f"data: {found.path} holds weights for {found.n_classes} classes and nothing else; accepted: the data set "
+            "they were trained on, as data=cityscapes (its class table and normalisation)"
+        )
+    cfg = config.compose("train", f"model={found.model}", *([f"data={data}"] if isinstance(data, str) else []))
+    if isinstance(data, DataConfig):
+        cfg.data = data
+    cfg.data.update(found.normalisation)
+    cfg.model.network.update(found.network)
+    classes = ClassTable.load(cfg.data.classes)
+    if classes.num_classes != found.n_classes:
+        raise ValueError(
+            f"data.classes: {cfg.data.classes!r} has {classes.num_classes} classes, the weights of {found.path} are "
+            f"for {found.n_classes}; accepted: a data set or class table with {found.n_classes}"
+        )
+    config.check(cfg)
+    return checkpoint.Checkpoint(found.path, config.plain(cfg), classes, None, found.weights)
+
+
+def load(path: str | PathLike[str], data: str | DataConfig | None = None) -> Segmenter:
+    """The trained model of a file that :func:`read_model` reads, in evaluation mode on the CPU."""
+    read = read_model(path, data)
     segmenter = _segmenter(config.restore(read.config), read.classes)
     segmenter.network.load_state_dict(read.weights)
     return segmenter.eval()
+
+
+def predict(cfg: PredictConfig, run_dir: Path) -> list[str]:
+    """Segment pictures and videos, and write what ``cfg`` asks for.
+
+    Returns:
+        One message for each input that could not be read; all others are written.
+
+    Raises:
+        FileNotFoundError: no checkpoint or no input there.
+        FileExistsError: an output exists and ``overwrite`` is not set.
+        ValueError: see :func:`read_model`; no GPU where one is asked for.
+    """
+    folder = run_dir if cfg.output is None else Path(cfg.output).expanduser()
+    sources = prediction.find_sources(cfg.input, beside=folder)
+    prediction.require_free(sources, cfg, folder)
+    if cfg.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("accelerator: got 'gpu', which is not available here; accepted: auto | cpu")
+    device = "cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    return prediction.run(load(cfg.checkpoint, cfg.data).to(device), sources, cfg, folder)
 
 
 def build(cfg: DictConfig, classes: ClassTable) -> SegmentationModule:

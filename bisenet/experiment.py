@@ -26,8 +26,18 @@ from bisenet import checkpoint, config, report
 from bisenet import predict as prediction
 from bisenet.callbacks import LastCheckpoint, ProgressBar, StepClock, csv_logger
 from bisenet.classes import ClassTable
-from bisenet.config import DataConfig, EvaluateConfig, LossConfig, PredictConfig, SchedulerConfig, TrainConfig
+from bisenet.config import (
+    CheckDataConfig,
+    DataConfig,
+    EvaluateConfig,
+    LossConfig,
+    PredictConfig,
+    SchedulerConfig,
+    TrainConfig,
+)
 from bisenet.data import SegmentationDataModule
+from bisenet.data.check import walk
+from bisenet.data.check import warnings as warn_about
 from bisenet.inference import Segmenter
 from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy
 from bisenet.metrics import SegmentationScores
@@ -238,6 +248,44 @@ def predict(cfg: PredictConfig, run_dir: Path) -> list[str]:
         raise ValueError("accelerator: got 'gpu', which is not available here; accepted: auto | cpu")
     device = "cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     return prediction.run(load(cfg.checkpoint, cfg.data).to(device), sources, cfg, folder)
+
+
+def check_data(cfg: CheckDataConfig, run_dir: Path) -> bool:
+    """Walk a data set as training would read it; write ``check_data.json`` and a figure, show a table.
+
+    Returns:
+        Whether it is fit to train on: every file is what it should be, and there is something to learn.
+    """
+    classes = ClassTable.load(cfg.data.classes)
+    used = (cfg.data.train_split, cfg.data.val_split, cfg.data.report_split)
+    splits = list(dict.fromkeys(cfg.splits or used))
+    workers = (os.cpu_count() or 1) if cfg.workers is None else cfg.workers
+    found = walk(cfg.data, classes, splits, workers)
+
+    measured = cfg.data.train_split if cfg.data.train_split in found else splits[0]
+    mean, std = found[measured].mean_and_std()
+    result = {
+        "data": cfg.data.name,
+        "root": str(Path(cfg.data.root).expanduser().resolve()),
+        "class_table": classes.name,
+        "fit": all(findings.valid and not findings.problems for findings in found.values()),
+        "configured": {"mean": list(cfg.data.mean), "std": list(cfg.data.std)},
+        "suggested": {"mean": mean, "std": std, "split": measured} if found[measured].images else None,
+        "warnings": warn_about(found, cfg.data.train_split),
+        "splits": {split: findings.to_dict() for split, findings in found.items()},
+    }
+    report.write_json(run_dir / "check_data.json", result)
+    report.plot_data(result, classes, run_dir / "check_data.png")
+    console = Console()
+    console.print(report.data_table(result))
+    for warning in result["warnings"]:
+        log.warning(warning)
+    for problem in (problem for findings in found.values() for problem in findings.problems):
+        log.error(problem)
+    if result["suggested"]:
+        log.info("measured over %s: 'data.mean=%s' 'data.std=%s'", measured, mean, std)
+    log.info("%s to train on; %s", "fit" if result["fit"] else "NOT fit", run_dir / "check_data.json")
+    return bool(result["fit"])
 
 
 def build(cfg: DictConfig, classes: ClassTable) -> SegmentationModule:

@@ -30,7 +30,7 @@ KINDS = ("overlay", "palette", "train_ids", "label_ids")
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 _CODEC = "mp4v"  # the one for .mp4 that opencv-python can encode; it has no H.264
-_LEGEND_ROWS = 3  # of a video, whose frames all have one size; with more classes the largest of a frame are named
+_LEGEND_ROWS = 4  # of a video, whose frames all have one size; with more classes the largest of a frame are named
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def run(segmenter: Segmenter, sources: Sequence[Source], cfg: PredictConfig, fol
     """
     if cfg.legend:
         classes = segmenter.classes
-        key = legend(classes.names, classes.palette, range(classes.num_classes), width=640)
+        key = legend(classes.names, classes.palette, range(classes.num_classes), width=1024)
         _write_file(folder / "legend.png", _encode(key, ".png"))
     problems: list[str] = []
     network_seconds, started = 0.0, time.perf_counter()
@@ -304,7 +304,8 @@ def _kinds(cfg: PredictConfig) -> list[str]:
 
 
 def _encode(rgb: np.ndarray, suffix: str) -> bytes:
-    done, encoded = cv2.imencode(suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92] if suffix == ".jpg" else [])
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 92] if suffix == ".jpg" else []
+    done, encoded = cv2.imencode(suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), quality)
     assert done
     return encoded.tobytes()
 

@@ -1,8 +1,10 @@
 """Masks as pictures: pure functions from arrays to arrays, and one grid of them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -74,7 +76,7 @@ def legend(
     columns, line = legend_columns(names, width), round(1.6 * size)
     rows = -(-len(shown) // columns) if rows is None else rows
     picture = Image.new("RGB", (width, rows * line + size // 2), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
+    draw, font = ImageDraw.Draw(picture), _font(size)
     for position, index in enumerate(shown):
         row, column = divmod(position, columns)
         left, top = round(column * entry + size / 2), row * line + size // 2
@@ -86,9 +88,13 @@ def legend(
 
 def _entry(names: Sequence[str], width: int) -> tuple[int, float]:
     """Size of the letters and width of a column, in pixels."""
-    size = min(max(width // 55, 11), 26)
-    font = ImageFont.load_default(size)
+    size = min(max(width // 60, 11), 26)
+    font = _font(size)
     return size, 3.2 * size + max(font.getlength(_short(name)) for name in names)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _short(name: str) -> str:

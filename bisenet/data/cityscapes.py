@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bisenet.data.samples import Sample
+from bisenet.data.samples import IncompleteSplit, Sample
 
 HELP = """expected the official tree
   leftImg8bit/{split}/<city>/<name>_leftImg8bit.png
@@ -18,7 +18,7 @@ def list_cityscapes(root: Path, split: str) -> list[Sample]:
     they are all there is.
 
     Raises:
-        FileNotFoundError: no such split, or an image without label.
+        FileNotFoundError: no such split, or (IncompleteSplit) images without label.
         ValueError: the split is empty.
     """
     images, labels = root / "leftImg8bit" / split, root / "gtFine" / split
@@ -26,12 +26,16 @@ def list_cityscapes(root: Path, split: str) -> list[Sample]:
         raise FileNotFoundError(f"{images} is not a folder; {HELP.format(split=split)}")
     present = set(labels.glob("*/*_gtFine_label*Ids.png"))
     samples: list[Sample] = []
+    missing: list[str] = []
     for image in sorted(images.glob("*/*_leftImg8bit.png")):
         stem = labels / image.parent.name / image.name.removesuffix("_leftImg8bit.png")
         ids, train_ids = (stem.with_name(f"{stem.name}_gtFine_label{kind}.png") for kind in ("Ids", "TrainIds"))
         if not {ids, train_ids} & present:
-            raise FileNotFoundError(f"image without label: {image} has neither {ids} nor {train_ids.name}")
+            missing.append(f"image without label: {image} has neither {ids} nor {train_ids.name}")
+            continue
         samples.append(Sample(image, ids) if ids in present else Sample(image, train_ids, train_ids=True))
+    if missing:
+        raise IncompleteSplit(missing, samples)
     if not samples:
         raise ValueError(f"split {split!r} is empty: no <city>/<name>_leftImg8bit.png in {images}")
     return samples

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 from rich.table import Table
 
@@ -163,11 +164,10 @@ def plot_data(findings: Mapping[str, Any], classes: ClassTable, out: Path) -> No
     share, occurrence = figure.subplots(1, 2, sharey=True)
     _panel(share, "share of the labelled pixels, %", "")
     _panel(occurrence, "share of the pictures that hold the class, %", "")
-    positions = np.arange(count)
+    positions, handles = np.arange(count), []
     for number, (split, found) in enumerate(findings["splits"].items()):
-        label = (
-            f"{split}: {found['fit']:,} of {found['pairs']:,} pairs fit, {100 * found['ignored_share']:.1f} % ignored"
-        )
+        ignored = f"{100 * found['ignored_share']:.1f} % ignored"
+        label = f"{split}: {found['fit']:,} of {found['pairs']:,} pairs fit, {ignored}"
         entries = [found["classes"][name] for name in names]
         for axes, values in (
             (share, np.array([100 * entry["share"] for entry in entries])),
@@ -175,11 +175,13 @@ def plot_data(findings: Mapping[str, Any], classes: ClassTable, out: Path) -> No
         ):
             values = np.where(values > 0, values, np.nan)  # nothing is drawn where a class does not occur
             if number == 0:
-                axes.barh(positions, values, color=classes.palette[:count] / 255, edgecolor="0.35", linewidth=0.5,
-                          label=label)  # fmt: skip
+                axes.barh(positions, values, color=classes.palette[:count] / 255, edgecolor="0.35", linewidth=0.5)
+                handle = Patch(facecolor="0.85", edgecolor="0.35", label=f"bars, {label}")
             else:
-                axes.plot(values, positions, "dov^s"[(number - 1) % 5], color=_COLOURS[number % 6], markersize=4,
-                          markeredgecolor="white", markeredgewidth=0.5, label=label)  # fmt: skip
+                colour = _COLOURS[number % len(_COLOURS)]
+                (handle,) = axes.plot(values, positions, "d", color=colour, markersize=5, label=label)
+                handle.set(markeredgecolor="white", markeredgewidth=0.6)
+        handles.append(handle)
     present = [entry["share"] for found in findings["splits"].values() for entry in found["classes"].values()]
     lowest = min((100 * value for value in present if value), default=1)
     share.set_xscale("log")
@@ -190,7 +192,7 @@ def plot_data(findings: Mapping[str, Any], classes: ClassTable, out: Path) -> No
     share.set_ylim(count - 0.4, -0.6)
     for axes in (share, occurrence):
         axes.grid(visible=False, axis="y")
-    figure.legend(*share.get_legend_handles_labels(), loc="outside lower center", fontsize=8.5, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", fontsize=8.5, frameon=False)
     _save(figure, out)
 
 

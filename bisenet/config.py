@@ -22,6 +22,7 @@ from typing import Any, get_args
 import hydra
 import hydra.utils
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, SCMode
@@ -644,7 +645,9 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def compose(name: str, *overrides: str) -> DictConfig:
-    """What ``conf/<name>.yaml`` and the overrides compose to, within a running script or without one."""
+    """What ``conf/<name>.yaml`` and the overrides compose to; within a running script its ``--config-dir`` counts."""
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose(name, list(overrides))
     register()
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
         return hydra.compose(name, list(overrides))

@@ -118,7 +118,7 @@ def read_any(path: str | PathLike[str]) -> Checkpoint | Published:
     )
 
 
-def finetune(network: SegmentationNetwork, path: str | PathLike[str]) -> None:
+def finetune(network: nn.Module, path: str | PathLike[str]) -> None:
     """Start a network from the weights of another: everything up to its heads, and of the heads what has their shape.
 
     So another number of classes keeps all but the classifiers. What is kept, dropped and missing is logged.
@@ -129,7 +129,8 @@ def finetune(network: SegmentationNetwork, path: str | PathLike[str]) -> None:
     """
     found = read_any(path)
     differences = _Differences(network, found.weights)
-    heads = tuple(f"{head}." for head in network.head_names)
+    head_names: tuple[str, ...] = network.head_names  # type: ignore[assignment]
+    heads = tuple(f"{head}." for head in head_names)
     if foreign := [name for name in differences.unfit if not name.startswith(heads)]:
         raise ValueError(
             f"finetune_from: {found.path} does not fit {type(network).__name__} before its heads: {_listed(foreign)}"

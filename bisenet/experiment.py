@@ -209,7 +209,7 @@ def read_model(path: str | PathLike[str], data: str | DataConfig | None = None) 
         )
     cfg = config.compose("train", f"model={found.model}", *([f"data={data}"] if isinstance(data, str) else []))
     if isinstance(data, DataConfig):
-        cfg.data = data
+        cfg["data"] = data
     cfg.data.update(found.normalisation)
     cfg.model.network.update(found.network)
     classes = ClassTable.load(cfg.data.classes)

@@ -112,7 +112,7 @@ def run(segmenter: Segmenter, sources: Sequence[Source], cfg: PredictConfig, fol
         key = legend(classes.names, classes.palette, range(classes.num_classes), width=1024)
         _write_file(folder / "legend.png", _encode(key, ".png"))
     problems: list[str] = []
-    network_seconds, started = 0.0, time.perf_counter()
+    frames, network_seconds, started = 0, 0.0, time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         lengths = [_length(source, cfg.max_frames) for source in sources]
@@ -125,19 +125,20 @@ def run(segmenter: Segmenter, sources: Sequence[Source], cfg: PredictConfig, fol
                         mask = segmenter.predict(rgb)
                         network_seconds += time.perf_counter() - before
                         writer.write(rgb, mask)
+                        frames += 1
                         progress.advance(bar)
             except UnreadableInput as error:
                 problems.append(str(error))
                 log.error("skipped: %s", error)
+                progress.advance(bar, 0 if source.is_stream else 1)
             except KeyboardInterrupt:
                 if not isinstance(source.origin, int):
                     raise
-        done = int(progress.tasks[0].completed)
     seconds = time.perf_counter() - started
     log.info(
         "%d of %d inputs, %d frames in %.1f s: %.2f frames per second, the network alone %.2f; written to %s",
-        len(sources) - len(problems), len(sources), done, seconds, done / seconds,
-        done / network_seconds if network_seconds else 0, folder,
+        len(sources) - len(problems), len(sources), frames, seconds, frames / seconds,
+        frames / network_seconds if network_seconds else 0, folder,
     )  # fmt: skip
     return problems
 

@@ -309,8 +309,8 @@ def data_table(findings: Mapping[str, Any]) -> Table:
         sizes = list(found["sizes"].items())
         shown = sizes[0][0] if len(sizes) == 1 else f"{len(sizes)} sizes"
         footer = f"{found['pairs']:,} ({found['fit']:,})\n{shown}\n{100 * found['ignored_share']:.1f} %"
-        table.add_column(f"{split}: pixels", footer=footer, justify="right")
-        table.add_column("pictures", justify="right")
+        table.add_column(f"{split}\npixels", footer=footer, justify="right")
+        table.add_column("\npictures", justify="right")
     for name in next(iter(splits.values()))["classes"]:
         entries = [found["classes"][name] for found in splits.values()]
         cells = [cell for e in entries for cell in (f"{100 * e['share']:.3f} %", f"{e['images']:,}")]

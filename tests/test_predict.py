@@ -167,14 +167,13 @@ def test_a_folder_of_mixed_pictures_and_a_broken_one(tmp_path: Path) -> None:
     model = segmenter()
     for name, (height, width) in sizes.items():
         mask = model.predict(noise(height, width))
-        ids, labels, coloured = (
-            Image.open(out / kind / f"{name}.png") for kind in ("train_ids", "label_ids", "palette")
-        )
-        assert (ids.mode, labels.mode, coloured.mode) == ("L", "L", "P")
-        assert np.array_equal(ids, mask)
-        assert np.array_equal(labels, CITYSCAPES.decode[mask])
-        assert np.array_equal(coloured, mask)
-        assert np.array_equal(coloured.convert("RGB"), CITYSCAPES.palette[mask])
+        written = {kind: Image.open(out / kind / f"{name}.png") for kind in ("train_ids", "label_ids", "palette")}
+        assert [picture.mode for picture in written.values()] == ["L", "L", "P"]
+        values = {kind: np.asarray(picture) for kind, picture in written.items()}
+        assert np.array_equal(values["train_ids"], mask)
+        assert np.array_equal(values["label_ids"], CITYSCAPES.decode[mask])
+        assert np.array_equal(values["palette"], mask)
+        assert np.array_equal(np.asarray(written["palette"].convert("RGB")), CITYSCAPES.palette[mask])
         drawn = np.asarray(Image.open(out / "overlay" / f"{name}.jpg"))
         assert drawn.shape[1] == width
         assert drawn.shape[0] > height  # the legend is below

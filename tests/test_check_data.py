@@ -74,7 +74,7 @@ def test_every_file_with_a_problem_is_named_and_the_others_are_counted(tmp_path:
     (labels / "0001.png").unlink()
     save(labels / "0002.png", np.full((40, 56), 77, np.uint8))  # an id outside the table
     save(labels / "0003.png", np.zeros((40, 55), np.uint8))  # another size
-    save(labels / "0004.png", np.zeros((40, 56, 3), np.uint8))  # colours
+    save(labels / "0004.png", np.zeros((40, 56), np.uint16))
     whole = (images / "0005.png").read_bytes()
     (images / "0005.png").write_bytes(whole[: len(whole) // 2])
     (images / "0006.png").write_text("hello")

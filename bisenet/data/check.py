@@ -41,7 +41,7 @@ class SplitFindings:
     histogram: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), np.int64))
     """Pixels by channel (red, green, blue) and value."""
     unlabelled: list[Path] = field(default_factory=list)
-    """Labels whose pixels are all ignored."""
+    """Pictures whose labels are ignored all over."""
 
     def add(self, sample: Sample, found: "_Sample | str") -> None:
         """Count one sample, or note its problem."""
@@ -54,7 +54,7 @@ class SplitFindings:
         self.occurrences += found.pixels > 0
         self.histogram += found.histogram
         if found.pixels[self.classes.ignore_index] == found.pixels.sum():
-            self.unlabelled.append(sample.label)
+            self.unlabelled.append(sample.image)
 
     @property
     def valid(self) -> int:
@@ -126,8 +126,9 @@ def warnings(found: dict[str, SplitFindings], train_split: str) -> list[str]:
             effect = "cannot be learnt" if split == train_split else "are left out of the mean IoU"
             told.append(f"{split}: {len(absent)} classes never occur and {effect}: {', '.join(absent)}")
         if findings.unlabelled:
-            files = ", ".join(map(str, findings.unlabelled[:3]))
-            told.append(f"{split}: {len(findings.unlabelled)} labels are ignored all over, the first: {files}")
+            told.append(
+                f"{split}: {len(findings.unlabelled)} labels are ignored all over, the first of {findings.unlabelled[0]}"
+            )
     for split, findings in found.items():
         trained = set(found[train_split].images) if train_split in found else set()
         if split != train_split and (shared := sorted(trained & set(findings.images))):

@@ -20,8 +20,10 @@ from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import hydra
 import hydra.utils
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, SCMode
@@ -401,6 +403,9 @@ class TrainConfig:
     """Seed of sampling and augmentation; follows ``seed`` unless given."""
     resume: str | None = None
     """Run directory to continue. Its own configuration is used."""
+    finetune_from: str | None = None
+    """Weights to start from: a run directory, a ``.ckpt`` or published weights ``.pth``. The network must be the same
+    but for its heads; with another number of classes the classifiers start anew. null: none."""
     model: ModelConfig = MISSING
     """Network."""
     data: DataConfig = MISSING
@@ -455,7 +460,10 @@ class EvaluateConfig:
     """Evaluation of a checkpoint: what ``conf/evaluate.yaml`` composes. null: as the checkpoint was trained."""
 
     checkpoint: Any = MISSING  # str | list[str]; OmegaConf 2.3 cannot merge a union
-    """File ``.ckpt`` of a run, or a run directory (its ``checkpoints/last.ckpt``); a list is put side by side."""
+    """Run directory (its ``checkpoints/last.ckpt``), file ``.ckpt`` of a run, or published weights ``.pth``; several in
+    a list are put side by side."""
+    data: DataConfig | None = None
+    """Data set of published weights, which know none: classes, normalisation, splits."""
     protocol: dict[str, ProtocolConfig] = field(default_factory=dict)
     """Name -> protocol; empty: those of the training."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -481,7 +489,71 @@ class EvaluateConfig:
         return list(self.checkpoint) if isinstance(self.checkpoint, list) else [self.checkpoint]
 
 
-_SCHEMAS: dict[str, type] = {"train": TrainConfig, "evaluate": EvaluateConfig}
+@dataclass
+class PredictConfig:
+    """Prediction of pictures and videos: what ``conf/predict.yaml`` composes."""
+
+    checkpoint: str = MISSING
+    """Run directory (its ``checkpoints/last.ckpt``), file ``.ckpt`` of a run, or published weights ``.pth``."""
+    input: str = MISSING
+    """A picture, a video, a folder (everything below it), a glob in quotes, or the index of a camera."""
+    data: DataConfig | None = None
+    """Data set of published weights, which know none: classes and normalisation."""
+    protocol: dict[str, ProtocolConfig] = field(default_factory=dict)
+    """Name -> protocol, at most one; empty: the first of the training."""
+    output: str | None = None
+    """Folder of the outputs; null: the directory of this run, ``outputs/predict/<date_time>``."""
+    overlay: bool = True
+    """The picture under the colours of the classes: ``overlay/<name>.jpg``, of a video ``.mp4``."""
+    palette: bool = False
+    """Coloured PNG whose values are the train ids: ``palette/<name>.png``; of a video a folder of frames, as below."""
+    train_ids: bool = False
+    """Grey PNG of train ids: ``train_ids/<name>.png``."""
+    label_ids: bool = False
+    """Grey PNG of the data set's own ids: ``label_ids/<name>.png``; of Cityscapes what its benchmark takes."""
+    legend: bool = True
+    """Name the classes below each overlay, and all of them in ``legend.png``."""
+    alpha: float = 0.5
+    """Weight of the colours in the overlay, in [0, 1]."""
+    overwrite: bool = False
+    """Replace outputs that exist; else they are refused before anything is predicted."""
+    max_frames: int | None = None
+    """Stop each video or camera after so many frames; null: at its end, for a camera Ctrl-C."""
+    accelerator: str = "auto"
+    """``auto``, ``cpu`` or ``gpu``."""
+
+    def __post_init__(self) -> None:
+        _require_names(self.protocol)
+        _require(len(self.protocol) <= 1, "protocol", list(self.protocol), "at most one")
+        wanted = self.overlay or self.palette or self.train_ids or self.label_ids
+        _require(wanted, "overlay", False, "true, unless palette, train_ids or label_ids is")
+        _require(0 <= self.alpha <= 1, "alpha", self.alpha, "a number in [0, 1]")
+        _require(self.max_frames is None or self.max_frames >= 1, "max_frames", self.max_frames, "null or at least 1")
+        _require_one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+
+
+@dataclass
+class CheckDataConfig:
+    """Inspection of a data set before anyone trains on it: what ``conf/check_data.yaml`` composes."""
+
+    data: DataConfig = MISSING
+    """Data set, as training takes it."""
+    splits: list[str] | None = None
+    """Splits to walk; null: those that a run uses."""
+    workers: int | None = None
+    """Processes that read files; null: one per CPU core, 0: none beside this one."""
+
+    def __post_init__(self) -> None:
+        _require(self.splits is None or len(self.splits) > 0, "splits", self.splits, "null or at least one split")
+        _require(self.workers is None or self.workers >= 0, "workers", self.workers, "null or an integer of at least 0")
+
+
+_SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "predict": PredictConfig,
+    "check_data": CheckDataConfig,
+}
 
 
 def register() -> None:
@@ -521,7 +593,7 @@ def output_dir() -> Path:
 
 def job_logging() -> dict[str, Any]:
     """Hydra's logging of this run, for ``logging.config.dictConfig`` in another process."""
-    return plain(HydraConfig.get().job_logging)
+    return plain(OmegaConf.create(HydraConfig.get().job_logging))
 
 
 def overrides() -> list[str]:
@@ -738,6 +810,15 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         OmegaConf.update(stored, key, OmegaConf.select(cfg, key))
     check(stored)
     return stored
+
+
+def compose(name: str, *overrides: str) -> DictConfig:
+    """What ``conf/<name>.yaml`` and the overrides compose to; within a running script its ``--config-dir`` counts."""
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose(name, list(overrides))
+    register()
+    with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+        return hydra.compose(name, list(overrides))
 
 
 def typed(node: Any) -> Any:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -27,10 +27,23 @@ from rich.console import Console
 from torch import nn
 
 from bisenet import checkpoint, config, pretrained, report
+from bisenet import predict as prediction
 from bisenet.callbacks import LastCheckpoint, LossScale, ProgressBar, StepClock, csv_logger
 from bisenet.classes import ClassTable
-from bisenet.config import EvaluateConfig, LossConfig, ModelConfig, SchedulerConfig, TrainConfig
+from bisenet.config import (
+    CheckDataConfig,
+    DataConfig,
+    EvaluateConfig,
+    LossConfig,
+    ModelConfig,
+    PredictConfig,
+    ProtocolConfig,
+    SchedulerConfig,
+    TrainConfig,
+)
 from bisenet.data import SegmentationDataModule
+from bisenet.data.check import walk
+from bisenet.data.check import warnings as warn_about
 from bisenet.inference import Segmenter
 from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy
 from bisenet.module import SegmentationModule
@@ -73,6 +86,8 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     continued = resumed and last.exists()
     if not continued:
         load_pretrained(module.segmenter.network, typed.model)
+        if typed.finetune_from is not None:
+            checkpoint.finetune(module.segmenter.network, typed.finetune_from)
     if rank_zero_only.rank == 0:
         data.prepare_data()
         data.setup()
@@ -155,7 +170,7 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> list[dict[str, Any]]:
             different classes. Raised before the first evaluation.
     """
     _quiet()
-    read = [checkpoint.read(path) for path in cfg.checkpoints]
+    read = [read_model(path, cfg.data) for path in cfg.checkpoints]
     for other in read[1:]:
         if other.classes.names != read[0].classes.names:
             raise ValueError(
@@ -218,12 +233,117 @@ def _labels(paths: Sequence[str]) -> list[str]:
     return ["_".join(part).removesuffix(".ckpt") or "checkpoint" for part in parts] if len(paths) > 1 else [""]
 
 
-def load(path: str | PathLike[str]) -> Segmenter:
-    """The trained model of a checkpoint file or a run directory, in evaluation mode on the CPU."""
-    read = checkpoint.read(path)
-    segmenter = _segmenter(config.restore(read.config), read.classes)
+def read_model(path: str | PathLike[str], data: str | DataConfig | None = None) -> checkpoint.Checkpoint:
+    """A checkpoint of ours, or published weights completed to one by the data set that they were trained on.
+
+    Args:
+        path: a run directory, a ``.ckpt`` of it, or a state dict of the reference, of either generation.
+        data: option of ``conf/data``, or a data set; only for the latter, which knows neither classes nor
+            normalisation. Older BiSeNetV1 was always normalised as ImageNet, whatever ``data`` says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: neither of both; ``data`` missing, not needed or with another number of classes.
+    """
+    found = checkpoint.read_any(path)
+    if isinstance(found, checkpoint.Checkpoint):
+        if data is not None:
+            raise ValueError(f"data: {found.path} knows the data set it was trained on; accepted: no data here")
+        return found
+    if data is None:
+        raise ValueError(
+            f"data: {found.path} holds weights for {found.n_classes} classes and nothing else; accepted: the data set "
+            "they were trained on, as data=cityscapes (its class table and normalisation)"
+        )
+    cfg = config.compose("train", f"model={found.model}", *([f"data={data}"] if isinstance(data, str) else []))
+    if isinstance(data, DataConfig):
+        cfg["data"] = data
+    cfg.data.update(found.normalisation)
+    cfg.model.network.update(found.network)
+    classes = ClassTable.load(cfg.data.classes)
+    if classes.num_classes != found.n_classes:
+        raise ValueError(
+            f"data.classes: {cfg.data.classes!r} has {classes.num_classes} classes, the weights of {found.path} are "
+            f"for {found.n_classes}; accepted: a data set or class table with {found.n_classes}"
+        )
+    config.check(cfg)
+    return checkpoint.Checkpoint(found.path, config.plain(cfg), classes, None, found.weights)
+
+
+def load(
+    path: str | PathLike[str],
+    data: str | DataConfig | None = None,
+    protocol: Mapping[str, ProtocolConfig] | None = None,
+) -> Segmenter:
+    """The trained model of a file that :func:`read_model` reads, in evaluation mode on the CPU.
+
+    It predicts under the first ``protocol``; None, or an empty one: the first of the training.
+    """
+    read = read_model(path, data)
+    cfg = config.restore(read.config)
+    if protocol:
+        cfg.protocol = dict(protocol)
+    segmenter = _segmenter(cfg, read.classes)
     segmenter.network.load_state_dict(read.weights)
     return segmenter.eval()
+
+
+def predict(cfg: PredictConfig, run_dir: Path) -> list[str]:
+    """Segment pictures and videos, and write what ``cfg`` asks for.
+
+    Returns:
+        One message for each input that could not be read; all others are written.
+
+    Raises:
+        FileNotFoundError: no checkpoint or no input there.
+        FileExistsError: an output exists and ``overwrite`` is not set.
+        ValueError: see :func:`read_model`; no GPU where one is asked for.
+    """
+    folder = run_dir if cfg.output is None else Path(cfg.output).expanduser()
+    sources = prediction.find_sources(cfg.input, beside=folder)
+    prediction.require_free(sources, cfg, folder)
+    if cfg.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("accelerator: got 'gpu', which is not available here; accepted: auto | cpu")
+    device = "cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    return prediction.run(load(cfg.checkpoint, cfg.data, cfg.protocol).to(device), sources, cfg, folder)
+
+
+def check_data(cfg: CheckDataConfig, run_dir: Path) -> bool:
+    """Walk a data set as training would read it; write ``check_data.json`` and a figure, show a table.
+
+    Returns:
+        Whether it is fit to train on: every file is what it should be, and there is something to learn.
+    """
+    classes = ClassTable.load(cfg.data.classes)
+    used = (cfg.data.train_split, cfg.data.val_split, cfg.data.report_split)
+    splits = list(dict.fromkeys(cfg.splits or used))
+    workers = (os.cpu_count() or 1) if cfg.workers is None else cfg.workers
+    found = walk(cfg.data, classes, splits, workers)
+
+    measured = cfg.data.train_split if cfg.data.train_split in found else splits[0]
+    mean, std = found[measured].mean_and_std()
+    result = {
+        "data": cfg.data.name,
+        "root": str(Path(cfg.data.root).expanduser().resolve()),
+        "class_table": classes.name,
+        "fit": all(findings.valid and not findings.problems for findings in found.values()),
+        "configured": {"mean": list(cfg.data.mean), "std": list(cfg.data.std)},
+        "suggested": {"mean": mean, "std": std, "split": measured} if found[measured].images else None,
+        "warnings": warn_about(found, cfg.data.train_split),
+        "splits": {split: findings.to_dict() for split, findings in found.items()},
+    }
+    report.write_json(run_dir / "check_data.json", result)
+    report.plot_data(result, classes, run_dir / "check_data.png")
+    console = Console()
+    console.print(report.data_table(result))
+    for warning in result["warnings"]:
+        log.warning(warning)
+    for problem in (problem for findings in found.values() for problem in findings.problems):
+        log.error(problem)
+    if result["suggested"]:
+        log.info("measured over %s: 'data.mean=%s' 'data.std=%s'", measured, mean, std)
+    log.info("%s to train on; %s", "fit" if result["fit"] else "NOT fit", run_dir / "check_data.json")
+    return bool(result["fit"])
 
 
 def build(cfg: DictConfig, classes: ClassTable) -> SegmentationModule:

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 from rich.table import Table
 
@@ -165,6 +166,52 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], out: Path) -> No
     _save(figure, out)
 
 
+def plot_data(findings: Mapping[str, Any], classes: ClassTable, out: Path) -> None:
+    """Draw how often each class occurs in a data set: its share of the pixels, and of the pictures that hold it.
+
+    Args:
+        findings: what ``check_data.json`` holds; the first split is drawn as bars, the others as marks.
+        classes: its class table.
+        out: PNG file.
+    """
+    count, names = classes.num_classes, classes.names
+    row, size = (0.24, 8.5) if count <= 40 else (0.15, 6.5)
+    figure = Figure(figsize=(10.5, 1.6 + row * count), dpi=_DPI, layout="constrained")
+    share, occurrence = figure.subplots(1, 2, sharey=True)
+    _panel(share, "share of the labelled pixels, %", "")
+    _panel(occurrence, "share of the pictures that hold the class, %", "")
+    positions, handles = np.arange(count), []
+    for number, (split, found) in enumerate(findings["splits"].items()):
+        ignored = f"{100 * found['ignored_share']:.1f} % ignored"
+        label = f"{split}: {found['fit']:,} of {found['pairs']:,} pairs fit, {ignored}"
+        entries = [found["classes"][name] for name in names]
+        for axes, values in (
+            (share, np.array([100 * entry["share"] for entry in entries])),
+            (occurrence, np.array([100 * entry["images"] / max(found["fit"], 1) for entry in entries])),
+        ):
+            values = np.where(values > 0, values, np.nan)  # nothing is drawn where a class does not occur
+            if number == 0:
+                axes.barh(positions, values, color=classes.palette[:count] / 255, edgecolor="0.35", linewidth=0.5)
+                handle = Patch(facecolor="0.85", edgecolor="0.35", label=f"bars, {label}")
+            else:
+                colour = _COLOURS[number % len(_COLOURS)]
+                (handle,) = axes.plot(values, positions, "d", color=colour, markersize=5, label=label)
+                handle.set(markeredgecolor="white", markeredgewidth=0.6)
+        handles.append(handle)
+    present = [entry["share"] for found in findings["splits"].values() for entry in found["classes"].values()]
+    lowest = min((100 * value for value in present if value), default=1)
+    share.set_xscale("log")
+    share.set_xlim(10 ** np.floor(np.log10(lowest) - 0.05), 100)
+    share.xaxis.set_major_formatter("{x:g}")
+    occurrence.set_xlim(0, 102)
+    share.set_yticks(positions, names, fontsize=size)
+    share.set_ylim(count - 0.4, -0.6)
+    for axes in (share, occurrence):
+        axes.grid(visible=False, axis="y")
+    figure.legend(handles=handles, loc="outside lower center", fontsize=8.5, frameon=False)
+    _save(figure, out)
+
+
 def plot_predictions(
     images: Sequence[np.ndarray],
     truths: Sequence[np.ndarray],
@@ -277,6 +324,24 @@ def score_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
         for name, cells in section.items():
             table.add_row(name, *cells, style="dim" if set(cells) == {"-"} else None)
         table.add_section()
+    return table
+
+
+def data_table(findings: Mapping[str, Any]) -> Table:
+    """How often each class occurs in each split (what ``check_data.json`` holds) for the terminal."""
+    splits = findings["splits"]
+    table = Table(caption_justify="left", show_footer=True)
+    table.add_column("class", footer="pairs (fit)\nsizes\nignored", no_wrap=True)
+    for split, found in splits.items():
+        sizes = list(found["sizes"].items())
+        shown = sizes[0][0] if len(sizes) == 1 else f"{len(sizes)} sizes"
+        footer = f"{found['pairs']:,} ({found['fit']:,})\n{shown}\n{100 * found['ignored_share']:.1f} %"
+        table.add_column(f"{split}\npixels", footer=footer, justify="right")
+        table.add_column("\npictures", justify="right")
+    for name in next(iter(splits.values()))["classes"]:
+        entries = [found["classes"][name] for found in splits.values()]
+        cells = [cell for e in entries for cell in (f"{100 * e['share']:.3f} %", f"{e['images']:,}")]
+        table.add_row(name, *cells, style=None if all(e["pixels"] for e in entries) else "dim")
     return table
 
 

@@ -1,11 +1,17 @@
 """Masks as pictures: pure functions from arrays to arrays, and one grid of them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import cv2
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image, ImageDraw, ImageFont
+
+_EDGE = (245, 245, 245)
 
 
 def colorize(mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -21,7 +27,9 @@ def colorize(mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
     return palette[mask]
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, alpha: float = 0.5) -> np.ndarray:
+def overlay(
+    image: np.ndarray, mask: np.ndarray, palette: np.ndarray, alpha: float = 0.5, *, edges: bool = False
+) -> np.ndarray:
     """Lay a coloured mask over its image.
 
     Args:
@@ -29,6 +37,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, alpha: flo
         mask: train ids, uint8 (H, W).
         palette: train id -> RGB, uint8 (256, 3).
         alpha: weight of the colours in [0, 1].
+        edges: draw thin light lines where classes meet.
 
     Returns:
         RGB uint8 (H, W, 3).
@@ -36,7 +45,60 @@ def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, alpha: flo
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: got {alpha}, accepted: 0 to 1")
     mixed = (1 - alpha) * image.astype(np.float32) + alpha * colorize(mask, palette)
-    return np.rint(mixed).astype(np.uint8)
+    mixed = np.rint(mixed).astype(np.uint8)
+    if edges:
+        width = 1 + max(mask.shape) // 1200
+        mixed[cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((1 + width, 1 + width), np.uint8)) > 0] = _EDGE
+    return mixed
+
+
+def legend_columns(names: Sequence[str], width: int) -> int:
+    """How many entries a line of :func:`legend` holds."""
+    return max(1, int(width // _entry(names, width)[1]))
+
+
+def legend(
+    names: Sequence[str], palette: np.ndarray, shown: Sequence[int], width: int, rows: int | None = None
+) -> np.ndarray:
+    """Colour and name of classes, line by line.
+
+    Args:
+        names: of all classes, by train id; they decide how wide a column is.
+        palette: train id -> RGB, uint8 (256, 3).
+        shown: train ids of the entries, in order.
+        width: of the picture in pixels; sets the size of the letters.
+        rows: number of lines, for pictures of equal height; None: as many as the entries need.
+
+    Returns:
+        RGB uint8 (h, width, 3), dark on white.
+    """
+    size, entry = _entry(names, width)
+    columns, line = legend_columns(names, width), round(1.6 * size)
+    rows = -(-len(shown) // columns) if rows is None else rows
+    picture = Image.new("RGB", (width, rows * line + size // 2), "white")
+    draw, font = ImageDraw.Draw(picture), _font(size)
+    for position, index in enumerate(shown):
+        row, column = divmod(position, columns)
+        left, top = round(column * entry + size / 2), row * line + size // 2
+        color = tuple(int(c) for c in palette[index])
+        draw.rectangle((left, top, left + 1.4 * size, top + size), fill=color, outline=(90, 90, 90))
+        draw.text((left + 1.9 * size, top + size / 2), _short(names[index]), (30, 30, 30), font, anchor="lm")
+    return np.asarray(picture)
+
+
+def _entry(names: Sequence[str], width: int) -> tuple[int, float]:
+    """Size of the letters and width of a column, in pixels."""
+    size = min(max(width // 60, 11), 26)
+    font = _font(size)
+    return size, 3.2 * size + max(font.getlength(_short(name)) for name in names)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:22]}..."
 
 
 def hatch(picture: np.ndarray, ignored: np.ndarray) -> np.ndarray:

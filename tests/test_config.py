@@ -144,20 +144,28 @@ def test_a_typo_on_the_command_line_is_answered_at_once(override: str, named: st
     assert time.perf_counter() - started < 10  # about a second on an idle machine; importing torch alone takes three
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])
-def test_help_and_cfg_do_not_import_torch(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("script", "arguments", "shown"),
+    [
+        ("train.py", ["--help"], "bisenetv2"),
+        ("train.py", ["--cfg", "job"], "bisenetv2"),
+        ("predict.py", ["--help"], "label_ids"),
+        ("check_data.py", ["--cfg", "job"], "synthetic"),
+    ],
+)
+def test_help_and_cfg_do_not_import_torch(script: str, arguments: list[str], shown: str) -> None:
     program = f"""
 import runpy, sys
-sys.argv = ["train.py", *{arguments}]
+sys.argv = ["{script}", *{arguments}]
 try:
-    runpy.run_path("scripts/train.py", run_name="__main__")
+    runpy.run_path("scripts/{script}", run_name="__main__")
 except SystemExit:
     pass
 assert "torch" not in sys.modules
 """
     done = run("-c", program)
     assert done.returncode == 0, done.stderr
-    assert "bisenetv2" in done.stdout
+    assert shown in done.stdout
 
 
 def test_seeds_follow_seed_unless_given() -> None:

@@ -326,18 +326,20 @@ REFERENCES: dict[str, tuple[str, str, str, Callable[[], SegmentationNetwork]]] =
 }
 
 
+def filling(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Values for a weight or statistic that depend on its name and shape alone, norm weights of both signs."""
+    if name.endswith("num_batches_tracked"):
+        return torch.tensor(0)
+    uniform = torch.from_numpy(np.random.default_rng(zlib.crc32(name.encode())).random(shape))
+    if name.endswith("running_var"):
+        return uniform + 0.5
+    return 2 * uniform - 1 if len(shape) == 1 else (uniform - 0.5) * math.sqrt(12 / math.prod(shape[1:]))
+
+
 def fill(network: nn.Module) -> None:
-    """Give every weight and statistic values that depend on its name and shape alone, norm weights of both signs."""
+    """Give every weight and statistic its filling."""
     for name, tensor in network.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        uniform = torch.from_numpy(np.random.default_rng(zlib.crc32(name.encode())).random(tuple(tensor.shape)))
-        if name.endswith("running_var"):
-            tensor.copy_(uniform + 0.5)
-        elif tensor.ndim == 1:
-            tensor.copy_(2 * uniform - 1)
-        else:
-            tensor.copy_((uniform - 0.5) * math.sqrt(12 / tensor[0].numel()))
+        tensor.copy_(filling(name, tuple(tensor.shape)))
 
 
 def described(network: nn.Module) -> list[str]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bisenet.data.samples import Sample
+from bisenet.data.samples import IncompleteSplit, Sample
 
 HELP = """expected the official tree
   leftImg8bit/{split}/<city>/<name>_leftImg8bit.png
@@ -25,7 +25,7 @@ def list_cityscapes(root: Path, split: str) -> list[Sample]:
     picture of ``train_extra`` that is corrupt is left out.
 
     Raises:
-        FileNotFoundError: no such split, or a split where some pictures have a label and others have none.
+        FileNotFoundError: no such split, or (IncompleteSplit) one where some pictures have no label.
         ValueError: the split is empty.
     """
     image_zip, label_zip, kind = _COARSE if split == "train_extra" else _FINE
@@ -34,6 +34,7 @@ def list_cityscapes(root: Path, split: str) -> list[Sample]:
         raise FileNotFoundError(f"{images} is not a folder; {help_text(split)}")
     present = set(labels.glob(f"*/*_{kind}_label*Ids.png"))
     samples: list[Sample] = []
+    missing: list[str] = []
     for image in sorted(images.glob("*/*_leftImg8bit.png")):
         name = image.name.removesuffix("_leftImg8bit.png")
         stem = labels / image.parent.name / f"{name}_{kind}"
@@ -43,9 +44,11 @@ def list_cityscapes(root: Path, split: str) -> list[Sample]:
         if not present:
             samples.append(Sample(image, None))
         elif not {ids, train_ids} & present:
-            raise FileNotFoundError(f"image without label: {image} has neither {ids} nor {train_ids.name}")
+            missing.append(f"image without label: {image} has neither {ids} nor {train_ids.name}")
         else:
             samples.append(Sample(image, ids) if ids in present else Sample(image, train_ids, train_ids=True))
+    if missing:
+        raise IncompleteSplit(missing, samples)
     if not samples:
         raise ValueError(f"split {split!r} is empty: no <city>/<name>_leftImg8bit.png in {images}")
     return samples

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bisenet.data.samples import Sample
+from bisenet.data.samples import IncompleteSplit, Sample
 
 LISTED_HELP = """expected the folder of your pictures, and in it, as data.lists names them, a list for each
 split: lines of image,label, two paths relative to the folder. The README's "Your own pictures" makes such lists."""
@@ -18,12 +18,13 @@ def list_file(root: Path, path: Path) -> list[Sample]:
     """The samples of a list file, in its order. Paths are relative to ``root``; empty lines are skipped.
 
     Raises:
-        FileNotFoundError: the list, or a file it names, is missing.
+        FileNotFoundError: the list, or (IncompleteSplit) files it names, are missing.
         ValueError: a line that is not ``image,label``, or no line at all.
     """
     if not path.is_file():
         raise FileNotFoundError(f"list file {path} does not exist; {LISTED_HELP}")
     samples: list[Sample] = []
+    missing: list[str] = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip():
             continue
@@ -31,10 +32,12 @@ def list_file(root: Path, path: Path) -> list[Sample]:
         if len(fields) != 2 or not all(fields):
             raise ValueError(f"{path}:{number}: got {line!r}, accepted: image,label (two paths relative to {root})")
         sample = Sample(root / fields[0], root / fields[1])
-        for file in (sample.image, sample.label):
-            if not file.is_file():
-                raise FileNotFoundError(f"{path}:{number}: {file} does not exist; paths are relative to {root}")
-        samples.append(sample)
+        absent = [file for file in (sample.image, sample.label) if file is not None and not file.is_file()]
+        missing += [f"{path}:{number}: {file} does not exist; paths are relative to {root}" for file in absent]
+        if not absent:
+            samples.append(sample)
+    if missing:
+        raise IncompleteSplit(missing, samples)
     if not samples:
         raise ValueError(f"list file {path} is empty, accepted: lines of image,label")
     return samples
@@ -47,7 +50,7 @@ def list_camvid(root: Path, split: str, list_name: str | None = None) -> list[Sa
     their author's machine; a ``list_name`` goes before both.
 
     Raises:
-        FileNotFoundError: neither form is there, or a file of it is missing.
+        FileNotFoundError: neither form is there, or (IncompleteSplit) files of it are missing.
         ValueError: the split is empty, or a malformed list.
     """
     images, labels = root / split, root / f"{split}annot"
@@ -63,7 +66,8 @@ def list_camvid(root: Path, split: str, list_name: str | None = None) -> list[Sa
     ]
     if not samples:
         raise ValueError(f"split {split!r} is empty: no picture in {images}")
-    for sample in samples:
-        if not sample.label.is_file():
-            raise FileNotFoundError(f"image without label: {sample.image} has no {sample.label}")
+    complete = [sample for sample in samples if sample.label.is_file()]
+    if len(complete) < len(samples):
+        absent = [sample for sample in samples if sample not in complete]
+        raise IncompleteSplit([f"image without label: {s.image} has no {s.label}" for s in absent], complete)
     return samples

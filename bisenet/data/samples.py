@@ -34,6 +34,16 @@ class Sample:
         return self.label_file
 
 
+class IncompleteSplit(FileNotFoundError):
+    """Files of a split are missing: ``problems`` names each of them, ``samples`` is what is complete."""
+
+    def __init__(self, problems: list[str], samples: list[Sample]) -> None:
+        more = f" (and {len(problems) - 1} more such; scripts/check_data.py names them all)" if problems[1:] else ""
+        super().__init__(problems[0] + more)
+        self.problems = problems
+        self.samples = samples
+
+
 def read_sample(sample: Sample, table: ClassTable) -> tuple[np.ndarray, np.ndarray]:
     """Decode one sample.
 

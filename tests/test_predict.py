@@ -1,0 +1,299 @@
+"""Pictures, folders, globs and videos in; overlays, masks and ids out; nothing lost, nothing replaced unasked."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from test_config import composed
+from test_inference import Patches
+
+from bisenet import config, predict
+from bisenet.classes import ClassTable, SegmentationClass
+from bisenet.config import PredictConfig, ProtocolConfig
+from bisenet.inference import Segmenter
+from bisenet.networks import BiSeNetV2
+from bisenet.predict import Source, UnreadableInput, find_sources, read_picture, require_free
+from bisenet.visualize import legend, legend_columns, overlay
+
+ROOT = Path(__file__).parents[1]
+CITYSCAPES = ClassTable.load("cityscapes")
+ALL: dict[str, Any] = {"palette": True, "train_ids": True, "label_ids": True}
+
+
+def segmenter(classes: ClassTable = CITYSCAPES) -> Segmenter:
+    torch.manual_seed(0)
+    return Segmenter(Patches(classes.num_classes), classes, [0.4] * 3, [0.3] * 3, ProtocolConfig("ss")).eval()
+
+
+def many_classes(count: int) -> ClassTable:
+    draw = np.random.default_rng(0).integers(0, 256, (count, 3)).tolist()
+    rows = (SegmentationClass(f"a class with number {i}", (i,), i, (r, g, b)) for i, (r, g, b) in enumerate(draw))
+    return ClassTable("many", tuple(rows))
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    return np.ascontiguousarray(np.kron(coarse, np.ones((8, 8, 1), np.uint8))[:height, :width])
+
+
+def save(path: Path, pixels: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def video(path: Path, frames: int, size: tuple[int, int] = (64, 96)) -> Path:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, size[::-1])
+    for number in range(frames):
+        writer.write(noise(*size, seed=number))
+    writer.release()
+    return path
+
+
+def run(given: Path | str, out: Path, classes: ClassTable = CITYSCAPES, **options: Any) -> list[str]:
+    cfg = PredictConfig(checkpoint="none", input=str(given), **options)
+    sources = find_sources(cfg.input, beside=out)
+    require_free(sources, cfg, out)
+    return predict.run(segmenter(classes), sources, cfg, out)
+
+
+def files(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def frames_of(path: Path) -> list[np.ndarray]:
+    capture, frames = cv2.VideoCapture(str(path)), []
+    while (read := capture.read())[0]:
+        frames.append(read[1])
+    return frames
+
+
+# --- what comes in ---------------------------------------------------------------------------------------------------
+
+
+def test_inputs_are_a_file_a_folder_a_glob_or_a_camera(tmp_path: Path) -> None:
+    pictures = tmp_path / "in"
+    a, b = save(pictures / "a.png", noise(8, 8)), save(pictures / "deep" / "b.JPG", noise(8, 8))
+    clip = video(pictures / "clip.avi", 1)
+    (pictures / "notes.txt").write_text("no picture")
+    save(pictures / "out" / "old.png", noise(8, 8))
+
+    def found(given: object) -> dict[Any, str]:
+        return {s.origin: s.name.as_posix() for s in find_sources(str(given), beside=pictures / "out")}
+
+    assert found(a) == {a: "a"}
+    assert found(pictures) == {a: "a", clip: "clip", b: "deep/b"}
+    assert found(pictures / "**" / "*.JPG") == {b: "deep/b"}
+    assert found(pictures / "*.??*") == {a: "a", clip: "clip", pictures / "notes.txt": "notes"}
+    assert found("3") == {3: "camera3"}
+    assert [s.is_stream for s in find_sources(str(pictures), beside=tmp_path / "x")] == [False, True, False, False]
+    twin = save(pictures / "a.jpg", noise(8, 8))
+    assert {found(pictures)[path] for path in (a, twin)} == {"a.png", "a.jpg"}
+    for nothing in (tmp_path / "nowhere.png", tmp_path / "*.png", pictures / "out"):
+        with pytest.raises(FileNotFoundError, match=r"input: nothing at .*accepted: a picture"):
+            found(nothing)
+
+
+def test_grey_alpha_palette_and_16_bits_are_read_as_rgb(tmp_path: Path) -> None:
+    rgb = noise(24, 40)
+    grey = Image.fromarray(rgb).convert("L")
+    save(tmp_path / "rgb.png", rgb)
+    grey.save(tmp_path / "grey.png")
+    Image.fromarray(rgb).convert("P").save(tmp_path / "palette.png")
+    save(tmp_path / "rgba.png", np.dstack([rgb, noise(24, 40, 1)[..., 0]]))
+    cv2.imwrite(str(tmp_path / "deep.png"), rgb[..., ::-1].astype(np.uint16) * 257)
+    expected = {
+        "rgb": rgb,
+        "grey": np.repeat(np.asarray(grey)[..., None], 3, 2),
+        "palette": np.asarray(Image.open(tmp_path / "palette.png").convert("RGB")),
+        "rgba": rgb,
+        "deep": rgb,
+    }
+    for name, pixels in expected.items():
+        read = read_picture(tmp_path / f"{name}.png")
+        assert read.dtype == np.uint8
+        assert np.array_equal(read, pixels), name
+    turned = Image.fromarray(rgb)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # the camera was held upright
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_picture(tmp_path / "turned.jpg").shape == (40, 24, 3)
+
+
+def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+    whole = save(tmp_path / "whole.png", noise(40, 40)).read_bytes()
+    save(tmp_path / "whole.jpg", noise(40, 40))
+    jpeg = (tmp_path / "whole.jpg").read_bytes()
+    broken = {"cut.png": whole[:200], "cut.jpg": jpeg[: len(jpeg) // 2], "empty.png": b"", "text.png": b"hello"}
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UnreadableInput, match=re.escape(name)):
+            read_picture(tmp_path / name)
+    cv2.imwrite(str(tmp_path / "float.tiff"), noise(8, 8).astype(np.float32))
+    with pytest.raises(UnreadableInput, match=r"float\.tiff holds float32 values; accepted: 8 or 16 bits"):
+        read_picture(tmp_path / "float.tiff")
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_mixed_pictures_and_a_broken_one(tmp_path: Path) -> None:
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    sizes = {"small": (9, 13), "odd": (75, 131), "street/aachen_000000_000019_leftImg8bit": (64, 128)}
+    for name, size in sizes.items():
+        save(pictures / f"{name}.png", noise(*size))
+    (pictures / "broken.png").write_bytes(b"\x89PNG")
+    video(pictures / "broken.avi", 3)
+    (pictures / "broken.avi").write_bytes((pictures / "broken.avi").read_bytes()[:100])
+
+    problems = run(pictures, out, **ALL)
+    assert len(problems) == 2
+    assert all("broken." in problem for problem in problems)
+    kinds = {"overlay": "jpg", "palette": "png", "train_ids": "png", "label_ids": "png"}
+    expected = {f"{kind}/{name}.{suffix}" for kind, suffix in kinds.items() for name in sizes}
+    assert files(out) == expected | {"legend.png"}
+
+    model = segmenter()
+    for name, (height, width) in sizes.items():
+        mask = model.predict(noise(height, width))
+        written = {kind: Image.open(out / kind / f"{name}.png") for kind in ("train_ids", "label_ids", "palette")}
+        assert [picture.mode for picture in written.values()] == ["L", "L", "P"]
+        values = {kind: np.asarray(picture) for kind, picture in written.items()}
+        assert np.array_equal(values["train_ids"], mask)
+        assert np.array_equal(values["label_ids"], CITYSCAPES.decode[mask])
+        assert np.array_equal(values["palette"], mask)
+        assert np.array_equal(np.asarray(written["palette"].convert("RGB")), CITYSCAPES.palette[mask])
+        drawn = np.asarray(Image.open(out / "overlay" / f"{name}.jpg"))
+        assert drawn.shape[1] == width
+        assert drawn.shape[0] > height  # the legend is below
+
+
+@pytest.mark.parametrize("classes", [CITYSCAPES, many_classes(171)], ids=["19", "171"])
+def test_a_video_becomes_a_video_and_its_masks_numbered_files(classes: ClassTable, tmp_path: Path) -> None:
+    clip = video(tmp_path / "clip.avi", 4)
+    assert run(clip, tmp_path / "out", classes, max_frames=3, train_ids=True) == []
+    frames = frames_of(tmp_path / "out" / "overlay" / "clip.mp4")
+    assert len(frames) == 3
+    masks = [Image.open(tmp_path / "out" / "train_ids" / "clip" / f"00000{n}.png") for n in range(3)]
+    assert all(mask.size == (96, 64) for mask in masks)
+    assert frames[0].shape[:2] > (64, 96)
+    rgb = cv2.cvtColor(frames_of(clip)[0], cv2.COLOR_BGR2RGB)
+    drawn = overlay(rgb, np.asarray(masks[0]), classes.palette, edges=True)
+    assert np.abs(cv2.cvtColor(frames[0], cv2.COLOR_BGR2RGB)[:64, :96] - drawn.astype(int)).mean() < 25  # MPEG-4 loses
+    assert run(clip, tmp_path / "bare", classes, legend=False) == []
+    assert [f.shape for f in frames_of(tmp_path / "bare" / "overlay" / "clip.mp4")] == [(64, 96, 3)] * 4
+    assert files(tmp_path / "bare") == {"overlay/clip.mp4"}
+
+
+def test_nothing_that_exists_is_replaced_unless_asked(tmp_path: Path) -> None:
+    picture, out = save(tmp_path / "a.png", noise(16, 16)), tmp_path / "out"
+    run(picture, out, train_ids=True)
+    mine = out / "train_ids" / "a.png"
+    mine.write_text("mine")
+    (out / "overlay" / "a.jpg").unlink()
+    with pytest.raises(FileExistsError, match=r"output: .*a\.png exist; accepted: another output, or overwrite=true"):
+        run(picture, out, train_ids=True)
+    assert mine.read_text() == "mine"
+    assert not (out / "overlay" / "a.jpg").exists()  # refused before anything is written
+    run(picture, out)  # another kind is free
+    run(picture, out, train_ids=True, overwrite=True)
+    assert Image.open(mine).size == (16, 16)
+
+
+def test_an_interrupted_video_keeps_the_frames_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, model = video(tmp_path / "clip.avi", 5), segmenter()
+    answers = iter([model.predict(noise(64, 96))] * 2)
+
+    def interrupted(_: np.ndarray) -> np.ndarray:
+        if (mask := next(answers, None)) is None:
+            raise KeyboardInterrupt
+        return mask
+
+    monkeypatch.setattr(model, "predict", interrupted)
+    cfg = PredictConfig(checkpoint="none", input=str(clip))
+    with pytest.raises(KeyboardInterrupt):
+        predict.run(model, [Source(clip, Path("clip"))], cfg, tmp_path / "out")
+    assert len(frames_of(tmp_path / "out" / "overlay" / "clip.mp4")) == 2
+
+
+def test_a_camera_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (problem,) = run("93", tmp_path)
+    assert "camera 93" in problem
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 300), st.integers(0, 171), st.integers(1, 6) | st.none())
+def test_a_legend_has_the_width_of_the_picture_and_one_height_for_all_frames(
+    width: int, shown: int, rows: int | None
+) -> None:
+    classes = many_classes(171)
+    drawn = legend(classes.names, classes.palette, range(shown), width, rows)
+    assert drawn.shape[1:] == (width, 3)
+    assert drawn.dtype == np.uint8
+    if rows is not None:
+        assert drawn.shape == legend(classes.names, classes.palette, [], width, rows).shape
+    assert legend_columns(classes.names, width) >= 1
+
+
+def test_a_legend_shows_the_colours_of_its_entries() -> None:
+    classes = many_classes(171)
+    drawn = legend(classes.names, classes.palette, [3, 170], 640).reshape(-1, 3).tolist()
+    assert all(classes.palette[i].tolist() in drawn for i in (3, 170))
+    assert classes.palette[4].tolist() not in drawn
+
+
+def test_edges_are_drawn_where_classes_meet_and_nowhere_else() -> None:
+    mask = np.zeros((40, 60), np.uint8)
+    plain = np.full((40, 60, 3), 100, np.uint8)
+    assert np.array_equal(
+        overlay(plain, mask, CITYSCAPES.palette, edges=True), overlay(plain, mask, CITYSCAPES.palette)
+    )
+    mask[:, 30:] = 13
+    changed = (overlay(plain, mask, CITYSCAPES.palette, edges=True) != overlay(plain, mask, CITYSCAPES.palette)).any(2)
+    assert changed.any(0).nonzero()[0].tolist() in ([29], [30], [29, 30])
+    assert changed[:, 30 if changed[0, 30] else 29].all()
+
+
+# --- configuration and script ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("alpha=2", "alpha: got 2.0"), ("overlay=false", "overlay: got False"), ("max_frames=0", "max_frames: got 0")],
+)
+def test_an_impossible_value_is_named(override: str, named: str) -> None:
+    cfg = composed("checkpoint=a", "input=b", override, name="predict")
+    with pytest.raises(ValueError, match=named):
+        config.check(cfg)
+
+
+def test_every_switch_is_a_kind() -> None:
+    switches = {f.name for f in dataclasses.fields(PredictConfig)}
+    assert set(predict.KINDS) <= switches
+
+
+def test_the_script_reads_published_weights_and_ends_with_an_error_where_a_file_was_skipped(tmp_path: Path) -> None:
+    torch.save(BiSeNetV2(19, width_multiplier=0.25).state_dict(), tmp_path / "weights.pth")
+    save(tmp_path / "in" / "a.png", noise(64, 64))
+    (tmp_path / "in" / "broken.png").write_text("hello")
+    command = [sys.executable, str(ROOT / "scripts" / "predict.py"), "checkpoint=weights.pth", "data=cityscapes",
+               "input=in", "output=out", "label_ids=true", "accelerator=cpu"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "broken.png" in done.stdout + done.stderr
+    assert "frames per second" in done.stdout + done.stderr
+    assert files(tmp_path / "out") == {"legend.png", "overlay/a.jpg", "label_ids/a.png"}

@@ -33,7 +33,7 @@ ALL: dict[str, Any] = {"palette": True, "train_ids": True, "label_ids": True}
 
 def segmenter(classes: ClassTable = CITYSCAPES) -> Segmenter:
     torch.manual_seed(0)
-    return Segmenter(Patches(classes.num_classes), classes, [0.4] * 3, [0.3] * 3, ProtocolConfig("ss")).eval()
+    return Segmenter(Patches(classes.num_classes), classes, [0.4] * 3, [0.3] * 3, {"ss": ProtocolConfig()}).eval()
 
 
 def many_classes(count: int) -> ClassTable:

@@ -220,11 +220,11 @@ class SaveCounts(Callback):
                 report.write_counts(Path(f"{self.prefix}_{name}.npz"), scores)
 
 
-def test_two_ranks_score_as_one_where_images_do_not_divide(scenes: list[str], tmp_path: Path) -> None:
+def test_two_ranks_score_as_one_where_images_do_not_divide(tmp_path: Path) -> None:
     """Three pictures of two sizes on two processes, under two protocols."""
     root = tmp_path / "data"
-    scenes = "data.synthetic={train: 1, val: 3, test: 1, size: [64, 128]}"
-    cfg = composed("protocol=[ss,ssc]", f"data.root={root}", scenes, "data.eval_window=[32,32]", "data.workers=0",
+    synthetic = "data.synthetic={train: 1, val: 3, test: 1, size: [64, 128]}"
+    cfg = composed("protocol=[ss,ssc]", f"data.root={root}", synthetic, "data.eval_window=[32,32]", "data.workers=0",
                    "model.network.width_multiplier=0.25")  # fmt: skip
     typed = config.typed(cfg)
     data = SegmentationDataModule(typed.data, typed.augment, seed=0)

@@ -165,7 +165,12 @@ def test_checkpoints_of_other_classes_are_not_put_side_by_side(finished: Path, t
 
 @pytest.mark.parametrize(
     ("overrides", "passes"),
-    [([], 0), (["protocol=[ss,half]"], 1), (["evaluation.split=test"], 1), (["trainer.val_interval=2"], 1)],
+    [
+        ([], 0),
+        (["protocol=[ss,half]"], 1),
+        pytest.param(["evaluation.split=test"], 1, marks=pytest.mark.slow),
+        pytest.param(["trainer.val_interval=2"], 1, marks=pytest.mark.slow),
+    ],
     ids=["the same", "more protocols", "another split", "an earlier step"],
 )
 def test_what_the_last_validation_scored_is_not_scored_again(
@@ -208,11 +213,11 @@ class SaveCounts(Callback):
                 report.write_counts(Path(f"{self.prefix}_{name}.npz"), scores)
 
 
-def test_two_ranks_score_as_one_where_images_do_not_divide(scenes: list[str], tmp_path: Path) -> None:
+def test_two_ranks_score_as_one_where_images_do_not_divide(tmp_path: Path) -> None:
     """Three pictures of two sizes on two processes, under two protocols."""
     root = tmp_path / "data"
-    scenes = "data.synthetic={train: 1, val: 3, test: 1, size: [64, 96]}"
-    cfg = composed("protocol=[ss,ssc]", f"data.root={root}", scenes, "data.eval_window=[32,32]", "data.workers=0",
+    synthetic = "data.synthetic={train: 1, val: 3, test: 1, size: [64, 128]}"
+    cfg = composed("protocol=[ss,ssc]", f"data.root={root}", synthetic, "data.eval_window=[32,32]", "data.workers=0",
                    "model.network.width_multiplier=0.25")  # fmt: skip
     typed = config.typed(cfg)
     data = SegmentationDataModule(typed.data, typed.augment, seed=0)

@@ -89,7 +89,7 @@ def restated(network: Patches, image: Tensor, protocol: ProtocolConfig) -> tuple
         canvas = image.new_zeros(1, 3, max(h, ch), max(w, cw))
         up, left = (canvas.shape[2] - h) // 2, (canvas.shape[3] - w) // 2
         canvas[:, :, up : up + h, left : left + w] = view
-        probability, times = 0, image.new_zeros(canvas.shape[2:])
+        probability, times = image.new_zeros(()), image.new_zeros(canvas.shape[2:])
         for y0 in range(0, canvas.shape[2] - ch + math.ceil(protocol.stride * ch), math.ceil(protocol.stride * ch)):
             for x0 in range(0, canvas.shape[3] - cw + math.ceil(protocol.stride * cw), math.ceil(protocol.stride * cw)):
                 y, x = min(y0, canvas.shape[2] - ch), min(x0, canvas.shape[3] - cw)

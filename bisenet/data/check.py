@@ -126,9 +126,8 @@ def warnings(found: dict[str, SplitFindings], train_split: str) -> list[str]:
             effect = "cannot be learnt" if split == train_split else "are left out of the mean IoU"
             told.append(f"{split}: {len(absent)} classes never occur and {effect}: {', '.join(absent)}")
         if findings.unlabelled:
-            told.append(
-                f"{split}: {len(findings.unlabelled)} labels are ignored all over, the first of {findings.unlabelled[0]}"
-            )
+            count, first = len(findings.unlabelled), findings.unlabelled[0]
+            told.append(f"{split}: {count} labels are ignored all over, the first of {first}")
     for split, findings in found.items():
         trained = set(found[train_split].images) if train_split in found else set()
         if split != train_split and (shared := sorted(trained & set(findings.images))):

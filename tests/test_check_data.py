@@ -151,7 +151,7 @@ def test_the_script_ends_with_an_error_unless_the_data_are_fit(tmp_path: Path) -
     camvid_folders(tmp_path / "set", {"train": 3, "val": 1, "test": 1})
     (tmp_path / "set" / "train" / "0001.png").write_text("hello")
     command = [sys.executable, str(ROOT / "scripts" / "check_data.py"), "data=camvid", "data.root=set", "workers=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "0001.png cannot be decoded" in done.stdout + done.stderr

@@ -291,7 +291,7 @@ def test_the_script_reads_published_weights_and_ends_with_an_error_where_a_file_
     (tmp_path / "in" / "broken.png").write_text("hello")
     command = [sys.executable, str(ROOT / "scripts" / "predict.py"), "checkpoint=weights.pth", "data=cityscapes",
                "input=in", "output=out", "label_ids=true", "accelerator=cpu"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "broken.png" in done.stdout + done.stderr

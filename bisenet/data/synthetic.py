@@ -29,7 +29,8 @@ GENERATOR = 2
 SPLITS = ("train", "val", "test")
 MANIFEST = "synthetic.json"
 
-_ID = {entry.name: entry.ids[0] for entry in ClassTable.load("cityscapes").classes}
+_TABLE = ClassTable.load("cityscapes")
+_ID = {entry.name: entry.ids[0] for entry in _TABLE.classes}
 _CITIES = {"train": ("ashford", "birkholm", "calverde"), "val": ("dunmore", "eskeby"), "test": ("fairhaven",)}
 
 _FOCAL = 1.25  # of the picture's height: 77 degrees across at 1:2
@@ -775,7 +776,24 @@ class _Street:
 # ---------------------------------------------------------------- the public face
 
 
-def render_scene(seed: int, split: str, number: int, size: Size) -> tuple[np.ndarray, np.ndarray]:
+def _shapes(rng: random.Random, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """Two areas, upper and lower, and in each of them an ellipse: four classes in their colours, with noise."""
+    height, width = size
+    label = np.empty(size, np.uint8)
+    ids = rng.sample([entry.ids[0] for entry in _TABLE.classes if entry.train_id is not None], 4)
+    middle = round(height * rng.uniform(0.45, 0.55))
+    label[:middle], label[middle:] = ids[:2]
+    for top, bottom, left, class_id in ((0, middle, 0.0, ids[2]), (middle, height, 0.5, ids[3])):
+        centre = (round(width * (left + rng.uniform(0.2, 0.3))), (top + bottom) // 2)
+        axes = (round(width * rng.uniform(0.14, 0.18)), round((bottom - top) * rng.uniform(0.32, 0.4)))
+        cv2.ellipse(label, centre, axes, 0, 0, 360, class_id, cv2.FILLED)
+    noise = np.random.default_rng(rng.getrandbits(64)).normal(0, 12, (*size, 3))
+    return np.clip(_TABLE.palette[_TABLE.encode[label]] + noise, 0, 255).astype(np.uint8), label
+
+
+def render_scene(
+    seed: int, split: str, number: int, size: Size, scene: str = "street"
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw one scene, a pure function of the arguments.
 
     Args:
@@ -783,6 +801,7 @@ def render_scene(seed: int, split: str, number: int, size: Size) -> tuple[np.nda
         split: of the scene; the same number is another scene in another split.
         number: of the scene in its split.
         size: (H, W) in pixels, even, from (64, 128) up.
+        scene: ``street``, or ``shapes`` (large areas, for debugging).
 
     Returns:
         The image, RGB uint8 (H, W, 3), and the label, uint8 (H, W): the ids of Cityscapes' labelIds files.
@@ -790,7 +809,10 @@ def render_scene(seed: int, split: str, number: int, size: Size) -> tuple[np.nda
     height, width = size
     if height < 64 or width < 128 or height % 2 or width % 2:
         raise ValueError(f"size of a synthetic scene: got {height}x{width}, accepted: even numbers from 64x128 up")
-    canvas = _Canvas(random.Random(f"{seed}/{split}/{number}"), size)
+    rng = random.Random(f"{seed}/{split}/{number}")
+    if scene == "shapes":
+        return _shapes(rng, size)
+    canvas = _Canvas(rng, size)
     _sky(canvas)
     _skyline(canvas)
     _Street(canvas).draw()
@@ -799,7 +821,9 @@ def render_scene(seed: int, split: str, number: int, size: Size) -> tuple[np.nda
     return canvas.develop()
 
 
-def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: int) -> None:
+def write_synthetic(
+    root: Path, *, counts: Mapping[str, int], size: Size, seed: int, scene: str = "street"
+) -> None:
     """Write ``counts[split]`` scenes of each split below ``root``, in the layout of Cityscapes.
 
     A complete set of the same parameters is left as it is, an interrupted one is completed, and several processes may
@@ -813,7 +837,8 @@ def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: 
         raise ValueError(f"synthetic scenes: got split {unknown[0]!r}, accepted: {' | '.join(SPLITS)}")
     if min(counts.values(), default=0) < 0 or not sum(counts.values()):
         raise ValueError(f"synthetic scenes: got counts {dict(counts)}, accepted: 0 or more, not 0 in all")
-    asked: dict[str, Any] = {"generator": GENERATOR, "seed": seed, "size": list(size)}
+    generator = GENERATOR if scene == "street" else f"{scene} {GENERATOR}"
+    asked: dict[str, Any] = {"generator": generator, "seed": seed, "size": list(size)}
     asked["counts"] = {split: counts.get(split, 0) for split in SPLITS}
     manifest, partial = root / MANIFEST, root / f"{MANIFEST}.partial"
 
@@ -833,12 +858,12 @@ def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: 
     scenes = {
         (split, number): _paths(root, split, number) for split in SPLITS for number in range(counts.get(split, 0))
     }
-    missing = [scene for scene, paths in scenes.items() if not all(path.exists() for path in paths)]
-    for position, scene in enumerate(track(missing, f"Drawing scenes in {root}", disable=len(missing) < 40)):
-        image, label = render_scene(seed, *scene, size)  # refuses a wrong size before anything is written
+    missing = [place for place, paths in scenes.items() if not all(path.exists() for path in paths)]
+    for position, place in enumerate(track(missing, f"Drawing scenes in {root}", disable=len(missing) < 40)):
+        image, label = render_scene(seed, *place, size, scene)  # refuses a wrong size before anything is written
         if position == 0:
             _publish(partial, json.dumps(asked, indent=2).encode())
-        for path, pixels in zip(scenes[scene], (cv2.cvtColor(image, cv2.COLOR_RGB2BGR), label), strict=True):
+        for path, pixels in zip(scenes[place], (cv2.cvtColor(image, cv2.COLOR_RGB2BGR), label), strict=True):
             _publish(path, cv2.imencode(".png", pixels)[1].tobytes())
     _publish(manifest, json.dumps(asked, indent=2).encode())
     partial.unlink(missing_ok=True)

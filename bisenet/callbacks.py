@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bisenet import report
 from bisenet.classes import ClassTable
+from bisenet.module import SegmentationModule
 from bisenet.visualize import overlay
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class LastCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the first step begins."""
         self._rng = state_dict
-        self._stopped = state_dict["stopped"]
+        self._stopped = state_dict.get("stopped", False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A training that was stopped early and killed in its evaluation does not go on: Lightning forgets the stop."""
@@ -216,7 +217,7 @@ class StepProfile(Callback):
         traced: steps that are recorded.
     """
 
-    _PARTS = ("data", "network", "loss", "backward", "optimizer")
+    _PARTS: tuple[str, ...] = ("data", "network", "loss", "backward", "optimizer")
 
     def __init__(self, folder: str, warmup: int = 5, steps: int = 20, traced: int = 3) -> None:
         self.folder = Path(folder)
@@ -231,11 +232,12 @@ class StepProfile(Callback):
         """Measure the calls of the network and of the loss."""
         if stage != "fit":
             return
+        assert isinstance(pl_module, SegmentationModule)
         if trainer.max_steps < self.end:
             raise ValueError(f"trainer.max_steps: got {trainer.max_steps}, accepted: at least {self.end} to profile")
         for part, module in (("network", pl_module.segmenter.network), ("loss", pl_module.loss)):
-            module.register_forward_pre_hook(lambda *_: self._begin())  # type: ignore[union-attr]
-            module.register_forward_hook(lambda *_, part=part: self._finish(part))  # type: ignore[union-attr]
+            module.register_forward_pre_hook(lambda *_: self._begin())
+            module.register_forward_hook(lambda *_, part=part: self._finish(part))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first step begins."""
@@ -244,7 +246,7 @@ class StepProfile(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The batch has arrived; record from here on if it is time."""
         self._finish("data")
-        if trainer.global_step == self.last and self._trace is None and batch_idx % trainer.accumulate_grad_batches == 0:
+        if trainer.global_step == self.last and self._trace is None:
             activities = [torch.profiler.ProfilerActivity.CPU]
             activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self._trace = torch.profiler.profile(activities=activities, record_shapes=True)

@@ -18,17 +18,27 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 
 from bisenet import checkpoint, config, report
-from bisenet.callbacks import LastCheckpoint, ProgressBar, StepClock, csv_logger
+from bisenet.callbacks import (
+    LastCheckpoint,
+    PredictionPanel,
+    ProgressBar,
+    StepClock,
+    WeightAverage,
+    csv_logger,
+    finishing_wandb,
+    log_scores,
+)
 from bisenet.classes import ClassTable
 from bisenet.config import EvaluateConfig, LossConfig, SchedulerConfig, TrainConfig
 from bisenet.data import SegmentationDataModule
 from bisenet.inference import Segmenter
-from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy
+from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy, enet_class_weights
 from bisenet.metrics import SegmentationScores
 from bisenet.module import SegmentationModule
 from bisenet.optim import constant, describe_groups, parameter_groups, warmup_cosine, warmup_poly
@@ -39,6 +49,7 @@ _PRECISION = {"fp32": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
 _PASSED = {"model.network": ("n_classes",), "optimizer.algorithm": ("params",)}
 
 
+@finishing_wandb()
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """Train, evaluate the last weights and the best on val, and write the run directory.
 
@@ -70,32 +81,48 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
     last = run_dir / "checkpoints" / "last.ckpt"
     continued = resumed and last.exists()
+    resumed_step = checkpoint.read(last).step if continued else 0 if resumed else None
+    if typed.loss.class_weights == "enet" and not continued:  # a checkpoint brings its own
+        weights = enet_class_weights(data.class_counts(typed.data.train_split))
+        module.loss.criterion.class_weights.copy_(torch.tensor(weights))  # type: ignore[union-attr, operator]
+        log.info("class weights: %s", ", ".join(f"{n} {w:.2f}" for n, w in zip(data.table.names, weights, strict=True)))
+    if typed.trainer.compile:
+        module.segmenter.network.compile()
+    origin = provenance(typed)
     if not resumed:
-        report.write_json(run_dir / "provenance.json", provenance(typed))
+        report.write_json(run_dir / "provenance.json", origin)
     best = ModelCheckpoint(
         run_dir / "checkpoints", filename="best", monitor=module.miou_key, mode="max", enable_version_counter=False
     )
     clock = StepClock()
+    decay = typed.trainer.ema_decay
+    average = None if decay is None else WeightAverage(module.segmenter.network, decay)
+    loggers = _loggers(cfg, resumed_step)
+    for logger in loggers:
+        logger.log_hyperparams(config.plain(cfg) | {"provenance": origin})
+    shown = [data.picture(typed.data.val_split, i) for i in _spread(len(data.samples(typed.data.val_split)), 4)]
     trainer = Trainer(
         default_root_dir=run_dir,
         max_steps=typed.trainer.max_steps,
         max_epochs=-1,
-        val_check_interval=min(typed.trainer.val_interval, typed.trainer.max_steps),
+        accumulate_grad_batches=typed.trainer.accumulate,
+        val_check_interval=min(typed.trainer.val_interval, typed.trainer.max_steps) * typed.trainer.accumulate,
         check_val_every_n_epoch=None,
+        gradient_clip_val=typed.trainer.gradient_clip,
+        deterministic=typed.trainer.deterministic,
         log_every_n_steps=typed.trainer.log_interval,
         accelerator=typed.trainer.accelerator,
         devices=1,
         precision=_PRECISION[typed.precision.name],  # type: ignore[arg-type]
         use_distributed_sampler=False,  # ours already is
         num_sanity_val_steps=0 if continued else 2,
-        logger=[
-            csv_logger(run_dir, resumed_step=checkpoint.read(last).step if continued else 0 if resumed else None),
-            *(config.instantiate(f"logger.{name}", node) for name, node in cfg.logger.items()),
-        ],
+        logger=[csv_logger(run_dir, resumed_step), *loggers],
         callbacks=[
             clock,
             *([ProgressBar(clock, every=typed.trainer.log_interval)] if typed.trainer.progress else []),
             *(config.instantiate(f"callbacks.{name}", node) for name, node in cfg.callbacks.items()),
+            *([PredictionPanel(shown, data.table)] if loggers else []),
+            *([average] if average else []),
             best,
             LastCheckpoint(last, every=typed.trainer.checkpoint_interval),
         ],
@@ -123,6 +150,15 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             "step": chosen.step,
             **_best_on_val(trainer, module, data, results, chosen),
         }
+    if average:
+        checkpoint.write(last.with_name("ema.ckpt"), average.weights, results["step"], module.config, data.table)
+        module.segmenter.network.load_state_dict(average.weights)
+        scores = _scores(trainer, module, data, results["split"])
+        results["ema"] = {"decay": decay, "miou": scores.miou, "scores": scores.to_dict(data.table.names)}
+    where = f"{results['split']}/{results['protocol']}"
+    for entry, found in {"last": results, **{key: results.get(key) for key in ("best_on_val", "ema")}}.items():
+        if found:
+            log_scores(loggers, f"final/{entry}/{where}", found["scores"], results["step"])
     report.write_json(run_dir / "results.json", results)
     _show(results)
     log.info("figures: %s", run_dir / "figures")
@@ -210,9 +246,26 @@ def _segmenter(cfg: DictConfig, classes: ClassTable) -> Segmenter:
 
 
 def _criterion(loss: LossConfig, classes: ClassTable) -> nn.Module:
+    weights = loss.class_weights
+    if weights == "enet":
+        weights = [1.0] * classes.num_classes  # until the labels have been counted, or a checkpoint is loaded
+    if weights is not None and len(weights) != classes.num_classes:
+        accepted = f"one for each of the {classes.num_classes} classes of {classes.name}"
+        raise ValueError(f"loss.class_weights: got {len(weights)} weights, accepted: {accepted}")
     if loss.name == "cross_entropy":
-        return CrossEntropy(ignore_index=classes.ignore_index)
-    return OhemCrossEntropy(loss.threshold, loss.min_kept, loss.normalizer, ignore_index=classes.ignore_index)
+        return CrossEntropy(classes.ignore_index, weights)
+    assert loss.threshold is not None
+    assert loss.normalizer is not None
+    return OhemCrossEntropy(loss.threshold, loss.min_kept, loss.normalizer, classes.ignore_index, weights)
+
+
+def _loggers(cfg: DictConfig, resumed_step: int | None) -> list[Logger]:
+    """The loggers of the configuration; a resumed TensorBoard forgets what came after the checkpoint."""
+
+    def passed(node: DictConfig) -> dict[str, Any]:
+        return {"purge_step": resumed_step} if node._target_.endswith("TensorBoardLogger") else {}
+
+    return [config.instantiate(f"logger.{name}", node, **passed(node)) for name, node in cfg.logger.items()]
 
 
 _SCHEDULES: dict[str, Callable[..., float]] = {"poly": warmup_poly, "cosine": warmup_cosine, "constant": constant}
@@ -292,6 +345,8 @@ def _show(results: dict[str, Any]) -> None:
     console.print(f"mIoU {100 * results['miou']:.2f} ({where}, last weights, step {results['step']})")
     if best := results.get("best_on_val"):
         console.print(f"mIoU {100 * best['miou']:.2f} ({where}, best on {best['selected_on']}, step {best['step']})")
+    if ema := results.get("ema"):
+        console.print(f"mIoU {100 * ema['miou']:.2f} ({where}, moving average of the weights, decay {ema['decay']})")
 
 
 def provenance(cfg: TrainConfig) -> dict[str, Any]:

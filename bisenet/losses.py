@@ -62,7 +62,7 @@ class OhemCrossEntropy(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """Mean cross entropy over all pixels but those labelled ``ignore_index``; weighted where ``class_weights`` is set."""
+    """Mean cross entropy over all pixels but those labelled ``ignore_index``, weighted by class where that is asked."""
 
     class_weights: Tensor | None
 

@@ -821,9 +821,7 @@ def render_scene(
     return canvas.develop()
 
 
-def write_synthetic(
-    root: Path, *, counts: Mapping[str, int], size: Size, seed: int, scene: str = "street"
-) -> None:
+def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: int, scene: str = "street") -> None:
     """Write ``counts[split]`` scenes of each split below ``root``, in the layout of Cityscapes.
 
     A complete set of the same parameters is left as it is, an interrupted one is completed, and several processes may

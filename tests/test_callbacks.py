@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,7 +90,7 @@ class Recorded(NamedTuple):
     run: Any
     config: dict[str, Any]
     history: list[dict[str, Any]]
-    exit_code: int | None
+    exit_code: int
 
     def last(self, key: str) -> Any:
         return [row[key] for row in self.history if key in row][-1]
@@ -115,8 +116,12 @@ def records(file: Path) -> Iterator[Any]:
 
 
 def read_wandb(run_dir: Path) -> Recorded:
+    found: list[Any] = []
+    deadline = time.monotonic() + 60  # W&B's process writes on for a moment after a run has been finished
+    while not any(record.WhichOneof("record_type") == "exit" for record in found) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        found = [record for file in run_dir.glob("wandb/offline-run-*/*.wandb") for record in records(file)]
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    found = list(records(file))
     (started,) = [record.run for record in found if record.WhichOneof("record_type") == "run"]
     settings = {item.key: json.loads(item.value_json) for item in started.config.update}
     history = []
@@ -132,8 +137,8 @@ def read_wandb(run_dir: Path) -> Recorded:
                     node = node.setdefault(key, {})
                 node[keys[-1]] = json.loads(item.value_json)
             history.append(row)
-    codes = [record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"]
-    return Recorded(file.parent / "files", started, settings, history, codes[0] if codes else None)
+    (exit_code,) = [record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"]
+    return Recorded(file.parent / "files", started, settings, history, exit_code)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +146,8 @@ def everything(tmp_path_factory: pytest.TempPathFactory, shapes: str) -> Path:
     """Six steps with all that can be switched on; seed 3, since the fixture must not show what is true by default."""
     folder = tmp_path_factory.mktemp("runs") / "all"
     run(folder, shapes, *loggers(folder), "name=sweep", "seed=3", "data.batch_size=4", "trainer.accumulate=2",
-        "trainer.ema_decay=0.5",        "trainer.gradient_clip=0.5", "trainer.deterministic=true", "loss.class_weights=enet")  # fmt: skip
+        "trainer.ema_decay=0.5", "trainer.gradient_clip=0.5", "trainer.deterministic=true",
+        "loss.class_weights=enet")  # fmt: skip
     assert torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     return folder
@@ -356,15 +362,14 @@ def test_a_profile_shows_the_wait_for_data_and_leaves_a_trace(
     read = bisenet.data.dataset.read_sample
 
     def slow(*arguments: Any) -> Any:
-        import time
-
         time.sleep(0.2)
         return read(*arguments)
 
     monkeypatch.setattr(bisenet.data.dataset, "read_sample", slow)
     run(tmp_path, shapes, "debug=profile", f"callbacks.profile.folder={tmp_path / 'profile'}",
-        "callbacks.profile.warmup=1", "callbacks.profile.steps=3", "callbacks.profile.traced=1", "trainer.max_steps=5",
-        "data.batch_size=4", "trainer.accumulate=2", "data.workers=0", "augment.crop=[64,128]", "scheduler.warmup_steps=1")  # fmt: skip
+        "callbacks.profile.warmup=1", "callbacks.profile.steps=3", "callbacks.profile.traced=1",
+        "trainer.max_steps=5", "data.batch_size=4", "trainer.accumulate=2", "data.workers=0",
+        "augment.crop=[64,128]", "scheduler.warmup_steps=1")  # fmt: skip
     assert drawn.keys() == {"data", "network", "loss", "backward", "optimizer", "step"}
     assert 0.8 < drawn["data"] < drawn["step"]  # four pictures
     assert 0.8 * drawn["step"] < sum(drawn.values()) - drawn["step"] <= drawn["step"] * 1.01

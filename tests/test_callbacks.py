@@ -366,7 +366,7 @@ def test_a_profile_shows_the_wait_for_data_and_leaves_a_trace(
         return read(*arguments)
 
     monkeypatch.setattr(bisenet.data.dataset, "read_sample", slow)
-    run(tmp_path, shapes, "debug=profile", f"callbacks.profile.folder={tmp_path / 'profile'}",
+    run(tmp_path, shapes, *PLAIN, "debug=profile", f"callbacks.profile.folder={tmp_path / 'profile'}",
         "callbacks.profile.warmup=1", "callbacks.profile.steps=3", "callbacks.profile.traced=1",
         "trainer.max_steps=5", "data.batch_size=4", "trainer.accumulate=2", "data.workers=0",
         "augment.crop=[64,128]", "scheduler.warmup_steps=1")  # fmt: skip

@@ -23,6 +23,7 @@ from torch import nn
 import bisenet
 from bisenet import callbacks, checkpoint, config, experiment, report
 from bisenet.classes import ClassTable
+from bisenet.data import dataset
 from bisenet.networks import SegmentationOutput
 
 TABLE = ClassTable.load("cityscapes")
@@ -111,7 +112,7 @@ def records(file: Path) -> Iterator[Any]:
         parts += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(parts)
+            yield wandb_internal_pb2.Record.FromString(parts)  # type: ignore[attr-defined]
             parts = b""
 
 
@@ -359,13 +360,13 @@ def test_a_profile_shows_the_wait_for_data_and_leaves_a_trace(
     drawn: dict[str, float] = {}
     draw = report.plot_step_time
     monkeypatch.setattr(report, "plot_step_time", lambda seconds, out: (drawn.update(seconds), draw(seconds, out)))
-    read = bisenet.data.dataset.read_sample
+    read = dataset.read_sample
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.2)
         return read(*arguments)
 
-    monkeypatch.setattr(bisenet.data.dataset, "read_sample", slow)
+    monkeypatch.setattr(dataset, "read_sample", slow)
     run(tmp_path, shapes, *PLAIN, "debug=profile", f"callbacks.profile.folder={tmp_path / 'profile'}",
         "callbacks.profile.warmup=1", "callbacks.profile.steps=3", "callbacks.profile.traced=1",
         "trainer.max_steps=5", "data.batch_size=4", "trainer.accumulate=2", "data.workers=0",

@@ -1,25 +1,44 @@
-"""Callbacks that every run has: the progress bar, the clock, the checkpoint that can be resumed, the CSV history."""
+"""Around the training loop: progress bar, clock, resumable checkpoint, averaged weights, profile, and the loggers."""
 
 import csv
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bisenet import report
+from bisenet.classes import ClassTable
+from bisenet.module import SegmentationModule
 from bisenet.optim import CountingGradScaler
+from bisenet.visualize import overlay
+
+log = logging.getLogger(__name__)
+
+
+def _ends_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer steps after this batch; the others only accumulate gradients."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 class StepClock(Callback):
-    """Logs ``time/step`` (seconds of a whole step) and ``time/data`` (the part of it spent waiting for a batch)."""
+    """Logs ``time/step`` (seconds of a whole step) and ``time/data`` (the part of it spent waiting for batches)."""
 
     def __init__(self) -> None:
         self.step_seconds = self.data_seconds = 0.0
+        self._step = self._data = 0.0  # of the step that has begun
         self._idle_since = perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -32,15 +51,18 @@ class StepClock(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The batch has arrived."""
-        self.data_seconds = perf_counter() - self._idle_since
+        self._data += perf_counter() - self._idle_since
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The step is done (on a GPU: launched)."""
         now = perf_counter()
-        self.step_seconds = now - self._idle_since
+        self._step += now - self._idle_since
         self._idle_since = now
+        if _ends_step(trainer, batch_idx):
+            self.step_seconds, self.data_seconds = self._step, self._data
+            self._step = self._data = 0.0
         pl_module.log_dict({"time/step": self.step_seconds, "time/data": self.data_seconds})
 
 
@@ -105,15 +127,21 @@ class LastCheckpoint(Checkpoint):
         self.path = path
         self.every = every
         self._rng: dict[str, Any] | None = None
+        self._stopped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the generators, now."""
+        """State of the generators, now, and whether the training was stopped early."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+        return {"cpu": torch.get_rng_state(), "cuda": cuda, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the first step begins."""
         self._rng = state_dict
+        self._stopped = state_dict.get("stopped", False)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A training that was stopped early and killed in its evaluation does not go on: Lightning forgets the stop."""
+        trainer.should_stop = self._stopped
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore the generators once."""
@@ -128,8 +156,9 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Save, unless a validation follows: Lightning would skip it after a resumption."""
         assert trainer.val_check_batch is not None
-        validation_follows = trainer.global_step % int(trainer.val_check_batch) == 0
-        if trainer.global_step % self.every == 0 and not validation_follows:
+        validation_follows = (batch_idx + 1) % int(trainer.val_check_batch) == 0
+        due = _ends_step(trainer, batch_idx) and trainer.global_step % self.every == 0
+        if due and not validation_follows:
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,9 +171,154 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        self._stopped = trainer.should_stop
         for logger in trainer.loggers:
             logger.save()  # the history on disk is never behind the weights
         trainer.save_checkpoint(self.path)
+
+
+class WeightAverage(Callback):
+    """Exponential moving average of a network, buffers included, updated after every step and kept in checkpoints.
+
+    Departs from Lightning's ``EMAWeightAveraging``, which validates the average in place of the weights and leaves it
+    in the checkpoint under their name: here the weights stay the result, and the average is reported beside them.
+
+    Args:
+        network: whose average; not changed.
+        decay: weight of the old average in each step, in (0, 1). The first step copies.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = network
+        self._average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """State dict of the averaged network."""
+        return self._average.module.state_dict()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The average lives where the network does."""
+        self._average.to(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update after a step of the optimizer."""
+        if _ends_step(trainer, batch_idx):
+            self._average.update_parameters(self.network)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average and the number of its updates."""
+        return self._average.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from there."""
+        self._average.load_state_dict(state_dict)
+
+
+class StepProfile(Callback):
+    """Shows where the time of a step goes: ``profile.png``, and ``trace.json`` for chrome://tracing or Perfetto.
+
+    The picture shows medians of ``time/network``, ``time/loss``, ``time/backward`` and ``time/optimizer``, which are
+    logged as well, beside ``time/step`` and ``time/data``. A GPU is waited for at the end of each part, which costs a
+    little. The trace is recorded after the steps that are measured, since recording slows them down.
+
+    Args:
+        folder: where to write.
+        warmup: steps that are not measured.
+        steps: steps that are measured.
+        traced: steps that are recorded.
+    """
+
+    _PARTS: tuple[str, ...] = ("data", "network", "loss", "backward", "optimizer")
+
+    def __init__(self, folder: str, warmup: int = 5, steps: int = 20, traced: int = 3) -> None:
+        self.folder = Path(folder)
+        self.first, self.last = warmup, warmup + steps  # steps measured: first < step <= last
+        self.end = self.last + traced
+        self._trace: torch.profiler.profile | None = None
+        self._seconds: list[dict[str, float]] = []
+        self._parts = dict.fromkeys(self._PARTS, 0.0)
+        self._since = self._begun = perf_counter()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Measure the calls of the network and of the loss."""
+        if stage != "fit":
+            return
+        assert isinstance(pl_module, SegmentationModule)
+        if trainer.max_steps < self.end:
+            raise ValueError(f"trainer.max_steps: got {trainer.max_steps}, accepted: at least {self.end} to profile")
+        for part, module in (("network", pl_module.segmenter.network), ("loss", pl_module.loss)):
+            module.register_forward_pre_hook(lambda *_: self._begin())
+            module.register_forward_hook(lambda *_, part=part: self._finish(part))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first step begins."""
+        self._since = self._begun = perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The batch has arrived; record from here on if it is time."""
+        self._finish("data")
+        if trainer.global_step == self.last and self._trace is None:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self._trace = torch.profiler.profile(activities=activities, record_shapes=True)
+            self._trace.start()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """The backward pass begins."""
+        self._begin()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The backward pass is done."""
+        self._finish("backward")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """The optimizer begins; clipping the gradient and the schedule count with it."""
+        self._begin()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add up a step; draw the picture and write the trace when there are enough."""
+        if not _ends_step(trainer, batch_idx):
+            self._begin()
+            return
+        self._finish("optimizer")
+        if self.first < trainer.global_step <= self.last:
+            self._seconds.append({**self._parts, "step": perf_counter() - self._begun})
+            parts = {f"time/{part}": self._parts[part] for part in self._PARTS if part != "data"}
+            pl_module.log_dict(parts)
+        if trainer.global_step == self.last:
+            medians = {key: float(np.median([step[key] for step in self._seconds])) for key in self._seconds[0]}
+            report.plot_step_time(medians, self.folder / "profile.png")
+        if trainer.global_step == self.end and self._trace is not None:
+            self._trace.stop()
+            self._trace.export_chrome_trace(str(self.folder / "trace.json"))
+            self._trace = None
+            log.info("profile: %s", self.folder)
+        self._parts = dict.fromkeys(self._PARTS, 0.0)
+        self._since = self._begun = perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A validation is no part of a step."""
+        self._since = self._begun = perf_counter()
+
+    def _begin(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._since = perf_counter()
+
+    def _finish(self, part: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = perf_counter()
+        self._parts[part] += now - self._since
+        self._since = now
+
+
+# ---------------------------------------------------------------- loggers
 
 
 def csv_logger(folder: Path, resumed_step: int | None = None) -> CSVLogger:
@@ -169,3 +343,119 @@ def csv_logger(folder: Path, resumed_step: int | None = None) -> CSVLogger:
     logger.save()
     aside.unlink(missing_ok=True)
     return logger
+
+
+def wandb_logger(save_dir: str, mode: str, **init: Any) -> WandbLogger:
+    """Lightning's W&B logger, in which neither a missing key nor a missing network stops a run.
+
+    Online without a key that works it logs offline instead and says so. The runs of a directory that is resumed
+    are one run (``wandb.init(resume="auto")``).
+
+    Args:
+        save_dir: the run directory; its last part is the name of the run. W&B writes to ``wandb/`` in it.
+        mode: ``offline``, ``online`` or ``disabled``.
+        **init: further arguments of ``wandb.init``, as ``project``, ``group``, ``tags``, ``entity``.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode not in ("offline", "online", "disabled"):
+        raise ValueError(f"mode: got {mode!r}, accepted: offline | online | disabled")
+    import wandb  # a second, which only its users should pay
+
+    if mode == "online":
+        try:
+            why = "" if wandb.login(prompt=False) else "no API key"
+        except wandb.Error as error:
+            why = str(error)
+        if why:
+            mode = "offline"
+            log.warning("W&B: %s; logging offline to %s/wandb, from where `wandb sync` uploads it", why, save_dir)
+    name = Path(save_dir).name
+    return WandbLogger(save_dir=save_dir, **{"name": name, "resume": "auto", **init}, mode=mode)
+
+
+@contextmanager
+def finishing_wandb() -> Iterator[None]:
+    """End the W&B run that was begun within, as a failed one when an exception passes: jobs may share a process."""
+
+    def run() -> Any:
+        return getattr(sys.modules.get("wandb"), "run", None)
+
+    before = run()
+    try:
+        yield
+    except BaseException:
+        if run() is not before:
+            run().finish(exit_code=1)
+        raise
+    if run() is not before:
+        run().finish()
+
+
+class PredictionPanel(Callback):
+    """After every validation, gives pictures and the table of classes to the loggers that can show them.
+
+    W&B gets pictures with two masks, "prediction" and "truth", to be switched on and off by class; TensorBoard gets
+    picture, truth and prediction side by side. Others get nothing.
+
+    Args:
+        pictures: image, RGB uint8 (H, W, 3), and mask, uint8 (H, W), of train ids; always the same ones.
+        classes: names and colours them.
+    """
+
+    _WIDEST = 1024  # pixels; wider pictures are thinned out
+
+    def __init__(self, pictures: Sequence[tuple[np.ndarray, np.ndarray]], classes: ClassTable) -> None:
+        self.pictures = pictures
+        self.classes = classes
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Predict the pictures with the weights that were validated."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, SegmentationModule)
+        for name, (scores, _) in pl_module.evaluation.items():
+            table = scores.to_dict(self.classes.names, self.classes.categories)
+            log_scores(trainer.loggers, f"val/{name}", table, trainer.global_step)
+        predictions = [pl_module.segmenter.predict(image) for image, _ in self.pictures]
+        self._show(trainer.loggers, predictions, trainer.global_step)
+
+    def _show(self, loggers: Sequence[Logger], predictions: Sequence[np.ndarray], step: int) -> None:
+        shown = []
+        for (image, truth), prediction in zip(self.pictures, predictions, strict=True):
+            thin = -(-image.shape[1] // self._WIDEST)
+            shown.append([np.ascontiguousarray(array[::thin, ::thin]) for array in (image, truth, prediction)])
+        labels = {**dict(enumerate(self.classes.names)), self.classes.ignore_index: "ignored"}
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                masks = [
+                    {
+                        "prediction": {"mask_data": prediction, "class_labels": labels},
+                        "truth": {"mask_data": truth, "class_labels": labels},
+                    }
+                    for _, truth, prediction in shown
+                ]
+                logger.log_image("val/predictions", [image for image, _, _ in shown], step, masks=masks)
+            elif isinstance(logger, TensorBoardLogger):
+                for number, (image, *ids) in enumerate(shown):
+                    row = np.hstack([image, *(overlay(image, mask, self.classes.palette, alpha=0.7) for mask in ids)])
+                    logger.experiment.add_image(f"val/predictions/{number}", row, step, dataformats="HWC")
+
+
+def log_scores(loggers: Sequence[Logger], prefix: str, scores: Mapping[str, Any], step: int) -> None:
+    """Give the table of classes to the loggers that can show it, as ``<prefix>/classes``.
+
+    Args:
+        loggers: of any kind.
+        prefix: which evaluation, as ``val/ss``.
+        scores: ``SegmentationScores.to_dict()``.
+        step: optimisation steps done.
+    """
+    columns = ["class", "iou", "precision", "recall", "f1", "pixels"]
+    rows = [[name, *(entry[key] for key in columns[1:])] for name, entry in scores["classes"].items()]
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_table(f"{prefix}/classes", columns, rows, step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(f"{prefix}/classes", report.markdown_table(scores), step)

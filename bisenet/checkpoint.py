@@ -5,6 +5,7 @@ name their weights as it does, in both generations, so that the names tell which
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -65,6 +66,15 @@ class Published:
 def attach(checkpoint: dict[str, Any], config: dict[str, Any], classes: ClassTable) -> None:
     """Put configuration and class table into a Lightning checkpoint that is about to be saved."""
     checkpoint[_KEY] = {"config": config, "classes": classes.to_dict()}
+
+
+def write(path: Path, weights: dict[str, Tensor], step: int, config: dict[str, Any], classes: ClassTable) -> None:
+    """Write a checkpoint to predict and evaluate with, from which no training can be resumed; replaces atomically."""
+    content = {"state_dict": {_NETWORK + name: tensor for name, tensor in weights.items()}, "global_step": step}
+    attach(content, config, classes)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(content, draft)
+    os.replace(draft, path)
 
 
 def locate(path: str | PathLike[str]) -> Path:

@@ -92,8 +92,12 @@ class SyntheticConfig:
     """[height, width] in pixels."""
     seed: int = 0
     """Scenes are a pure function of (seed, split, number). Independent of the seed of a run."""
+    scene: str = "street"
+    """``street``, or ``shapes``: a few large areas in the colours of their classes, which any network learns by heart
+    (for debugging: a tiny street has details that logits at stride 8 cannot express)."""
 
     def __post_init__(self) -> None:
+        _require_one_of("scene", self.scene, ("street", "shapes"))
         for split in ("train", "val", "test"):
             _require(getattr(self, split) >= 1, split, getattr(self, split), "an integer of at least 1")
         _require_size("size", self.size, smallest=64)
@@ -130,11 +134,14 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.2112, 0.2148, 0.2115])
     """RGB standard deviation in (0, 1]."""
     batch_size: int = 16
-    """Images per optimisation step over all devices."""
+    """Images per optimisation step, over all devices and all accumulated batches."""
     workers: int = 2
     """Data-loading processes per device; 0 loads in the main process. The data do not depend on it."""
+    limit: int | None = None
+    """Use only the first so many pictures of every split; null: all."""
 
     def __post_init__(self) -> None:
+        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "null or an integer of at least 1")
         _require_one_of("format", self.format, ("synthetic", "cityscapes", "camvid", "listed"))
         _require(
             len(self.mean) == 3 and all(0 <= m <= 1 for m in self.mean), "mean", self.mean, "three values in [0, 1]"
@@ -203,23 +210,39 @@ class LossConfig:
 
     name: str = "ohem"
     """``ohem`` (online hard example mining) or ``cross_entropy`` (mean over the valid pixels)."""
-    threshold: float = 0.7
+    threshold: float | None = None
     """OHEM keeps pixels whose true class has a probability below this, in (0, 1]."""
-    min_kept: Any = 0.0625  # float | int; OmegaConf 2.3 cannot merge a union inside a group
+    min_kept: Any = None  # float | int; OmegaConf 2.3 cannot merge a union inside a group
     """OHEM keeps at least this many pixels: a float in [0, 1] is a fraction of the valid ones (1/16: the reference's
     ``valid // 16``), an integer a fixed count. Per head and forward pass of each device."""
-    normalizer: str = "kept"
-    """Divide by the number ``kept`` or by ``at_least_n_min`` = max(kept, n_min) (older V1)."""
+    normalizer: str | None = None
+    """OHEM divides by the number ``kept`` or by ``at_least_n_min`` = max(kept, n_min) (older V1)."""
+    class_weights: Any = None  # list[float] | str | None
+    """null: all classes count the same; a list with one weight of at least 0 for each train id; or ``enet``: computed
+    from the labels of the training split as 1 / ln(1.02 + share of the class) (ENet, arXiv 1606.02147). OHEM selects
+    pixels by their unweighted loss and averages those it keeps with these weights."""
     aux_weight: float = 1.0
     """Weight of each auxiliary head."""
 
     def __post_init__(self) -> None:
         _require_one_of("name", self.name, ("ohem", "cross_entropy"))
-        _require(0 < self.threshold <= 1, "threshold", self.threshold, "a probability in (0, 1]")
-        number = type(self.min_kept) in (int, float)
-        ok = number and self.min_kept >= 0 and (isinstance(self.min_kept, int) or self.min_kept <= 1)
-        _require(ok, "min_kept", self.min_kept, "a float in [0, 1] (fraction) or an integer of at least 0 (count)")
-        _require_one_of("normalizer", self.normalizer, ("kept", "at_least_n_min"))
+        if self.name == "ohem":
+            number = type(self.threshold) in (int, float)
+            ok = number and 0 < self.threshold <= 1  # type: ignore[operator]
+            _require(ok, "threshold", self.threshold, "a probability in (0, 1]")
+            number = type(self.min_kept) in (int, float)
+            ok = number and self.min_kept >= 0 and (isinstance(self.min_kept, int) or self.min_kept <= 1)
+            _require(ok, "min_kept", self.min_kept, "a float in [0, 1] (fraction) or an integer of at least 0 (count)")
+            _require_one_of("normalizer", self.normalizer or "null", ("kept", "at_least_n_min"))
+        else:
+            for key in ("threshold", "min_kept", "normalizer"):
+                value = getattr(self, key)
+                _require(value is None, key, value, "null, since only loss=ohem has this key")
+        weights = self.class_weights
+        ok = weights is None or weights == "enet"
+        if isinstance(weights, list):
+            ok = all(type(w) in (int, float) and 0 <= w < math.inf for w in weights) and any(weights)
+        _require(ok, "class_weights", weights, "null, enet, or a list of weights of at least 0, not all 0")
         _require(0 <= self.aux_weight < math.inf, "aux_weight", self.aux_weight, "a number of at least 0")
 
 
@@ -303,6 +326,17 @@ class TrainerConfig:
     """Save ``last.ckpt`` every so many steps (and at every validation)."""
     log_interval: int = 20
     """Write scalars every so many steps."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one optimisation step; ``data.batch_size`` is their sum. OHEM and batch
+    norm see one of them at a time."""
+    gradient_clip: float | None = None
+    """Scale the gradient down to this norm (over all parameters) where it is larger; null: never."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay per step, and evaluate it apart; null: none."""
+    compile: bool = False
+    """Compile the network with ``torch.compile``: slower first steps, and again for each new size of picture."""
+    deterministic: bool = False
+    """Only deterministic algorithms; an operation that has none is an error."""
     accelerator: str = "auto"
     """``auto``, ``cpu`` or ``gpu``."""
     devices: int = 1
@@ -313,8 +347,20 @@ class TrainerConfig:
     """Show the progress bar."""
 
     def __post_init__(self) -> None:
-        for key in ("max_steps", "val_interval", "checkpoint_interval", "log_interval", "devices", "num_nodes"):
+        counts = (
+            "max_steps",
+            "val_interval",
+            "checkpoint_interval",
+            "log_interval",
+            "accumulate",
+            "devices",
+            "num_nodes",
+        )
+        for key in counts:
             _require(getattr(self, key) >= 1, key, getattr(self, key), "an integer of at least 1")
+        clip, decay = self.gradient_clip, self.ema_decay
+        _require(clip is None or 0 < clip < math.inf, "gradient_clip", clip, "null or a positive number")
+        _require(decay is None or 0 < decay < 1, "ema_decay", decay, "null or a number in (0, 1)")
         _require_one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
 
 
@@ -451,8 +497,9 @@ class TrainConfig:
         if self.strategy.name == "single":
             key = "devices" if self.trainer.devices > 1 else "num_nodes"
             _require(world == 1, f"trainer.{key}", getattr(self.trainer, key), "1, or more with strategy=ddp")
-        multiple = self.data.batch_size % world == 0
-        _require(multiple, "data.batch_size", self.data.batch_size, f"a multiple of the {world} devices")
+        parts = world * self.trainer.accumulate
+        multiple = f"a multiple of {parts} (devices x trainer.accumulate)"
+        _require(self.data.batch_size % parts == 0, "data.batch_size", self.data.batch_size, multiple)
 
 
 @dataclass

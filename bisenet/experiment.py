@@ -16,9 +16,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -28,7 +30,17 @@ from torch import nn
 
 from bisenet import checkpoint, config, pretrained, report
 from bisenet import predict as prediction
-from bisenet.callbacks import LastCheckpoint, LossScale, ProgressBar, StepClock, csv_logger
+from bisenet.callbacks import (
+    LastCheckpoint,
+    LossScale,
+    PredictionPanel,
+    ProgressBar,
+    StepClock,
+    WeightAverage,
+    csv_logger,
+    finishing_wandb,
+    log_scores,
+)
 from bisenet.classes import ClassTable
 from bisenet.config import (
     CheckDataConfig,
@@ -45,7 +57,7 @@ from bisenet.data import SegmentationDataModule
 from bisenet.data.check import walk
 from bisenet.data.check import warnings as warn_about
 from bisenet.inference import Segmenter
-from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy
+from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy, enet_class_weights
 from bisenet.module import SegmentationModule
 from bisenet.optim import CountingGradScaler, constant, describe_groups, parameter_groups, warmup_cosine, warmup_poly
 
@@ -55,6 +67,7 @@ _PRECISION = {"fp32": "32-true", "fp16": "bf16-mixed", "bf16": "bf16-mixed"}  # 
 _PASSED = {"model.network": ("n_classes",), "optimizer.algorithm": ("params",)}
 
 
+@finishing_wandb()
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """Train, evaluate the last weights and the best on val, and write the run directory.
 
@@ -84,6 +97,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     module = build(cfg, data.table)  # first, since it is quick: what cannot be built needs no data
     last = run_dir / "checkpoints" / "last.ckpt"
     continued = resumed and last.exists()
+    resumed_step = checkpoint.read(last).step if continued else 0 if resumed else None
     if not continued:
         load_pretrained(module.segmenter.network, typed.model)
         if typed.finetune_from is not None:
@@ -91,19 +105,36 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     if rank_zero_only.rank == 0:
         data.prepare_data()
         data.setup()
-
+        if typed.loss.class_weights == "enet" and not continued:  # a checkpoint brings its own
+            weights = enet_class_weights(data.class_counts(typed.data.train_split))
+            module.loss.criterion.class_weights.copy_(torch.tensor(weights))  # type: ignore[union-attr, operator]
+            named = zip(data.table.names, weights, strict=True)
+            log.info("class weights: %s", ", ".join(f"{name} {weight:.2f}" for name, weight in named))
+    if typed.trainer.compile:
+        module.segmenter.network.compile()
+    origin = provenance(typed)
     if not resumed and rank_zero_only.rank == 0:
-        report.write_json(run_dir / "provenance.json", provenance(typed))
+        report.write_json(run_dir / "provenance.json", origin)
     best = ModelCheckpoint(
         run_dir / "checkpoints", filename="best", monitor=module.miou_key, mode="max", enable_version_counter=False
     )
     clock = StepClock()
+    decay = typed.trainer.ema_decay
+    average = None if decay is None else WeightAverage(module.segmenter.network, decay)
+    loggers = _loggers(cfg, resumed_step)
+    for logger in loggers:
+        logger.log_hyperparams(config.plain(cfg) | {"provenance": origin})
+    shown = loggers and rank_zero_only.rank == 0  # by the first process
+    pictures = _pictures(data, typed.data.val_split) if shown else []
     trainer = Trainer(
         default_root_dir=run_dir,
         max_steps=typed.trainer.max_steps,
         max_epochs=-1,
-        val_check_interval=min(typed.trainer.val_interval, typed.trainer.max_steps),
+        accumulate_grad_batches=typed.trainer.accumulate,
+        val_check_interval=min(typed.trainer.val_interval, typed.trainer.max_steps) * typed.trainer.accumulate,
         check_val_every_n_epoch=None,
+        gradient_clip_val=typed.trainer.gradient_clip,
+        deterministic=typed.trainer.deterministic,
         log_every_n_steps=typed.trainer.log_interval,
         accelerator=typed.trainer.accelerator,
         devices=typed.trainer.devices,
@@ -112,15 +143,14 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         **_precision(typed),
         use_distributed_sampler=False,  # ours already is
         num_sanity_val_steps=0 if continued else 2,
-        logger=[
-            csv_logger(run_dir, resumed_step=checkpoint.read(last).step if continued else 0 if resumed else None),
-            *(config.instantiate(f"logger.{name}", node) for name, node in cfg.logger.items()),
-        ],
+        logger=[csv_logger(run_dir, resumed_step), *loggers],
         callbacks=[
             clock,
             LossScale(),
             *([ProgressBar(clock, every=typed.trainer.log_interval)] if typed.trainer.progress else []),
             *(config.instantiate(f"callbacks.{name}", node) for name, node in cfg.callbacks.items()),
+            *([PredictionPanel(pictures, data.table)] if loggers else []),
+            *([average] if average else []),
             best,
             LastCheckpoint(last, every=typed.trainer.checkpoint_interval),
         ],
@@ -149,7 +179,16 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             "step": chosen.step,
             "protocols": _best_on_val(trainer, module, data, results, chosen),
         }
+    if average:
+        module.segmenter.network.load_state_dict(average.weights)
+        trainer.test(module, dataloaders=data.evaluation_dataloader(results["split"]), verbose=False)
+        results["ema"] = {"decay": decay, "protocols": _protocols(module)}
     if trainer.is_global_zero:
+        if average:
+            checkpoint.write(last.with_name("ema.ckpt"), average.weights, results["step"], module.config, data.table)
+        for stage, found in {"last": results, **{key: results.get(key) for key in ("best_on_val", "ema")}}.items():
+            for name, scores in found["protocols"].items() if found else ():
+                log_scores(loggers, f"final/{stage}/{results['split']}/{name}", scores, results["step"])
         _write(results, run_dir)
         log.info("figures: %s", run_dir / "figures")
     return results
@@ -420,9 +459,26 @@ def _precision(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def _criterion(loss: LossConfig, classes: ClassTable) -> nn.Module:
+    weights = loss.class_weights
+    if weights == "enet":
+        weights = [1.0] * classes.num_classes  # until the labels have been counted, or a checkpoint is loaded
+    if weights is not None and len(weights) != classes.num_classes:
+        accepted = f"one for each of the {classes.num_classes} classes of {classes.name}"
+        raise ValueError(f"loss.class_weights: got {len(weights)} weights, accepted: {accepted}")
     if loss.name == "cross_entropy":
-        return CrossEntropy(ignore_index=classes.ignore_index)
-    return OhemCrossEntropy(loss.threshold, loss.min_kept, loss.normalizer, ignore_index=classes.ignore_index)
+        return CrossEntropy(classes.ignore_index, weights)
+    assert loss.threshold is not None
+    assert loss.normalizer is not None
+    return OhemCrossEntropy(loss.threshold, loss.min_kept, loss.normalizer, classes.ignore_index, weights)
+
+
+def _loggers(cfg: DictConfig, resumed_step: int | None) -> list[Logger]:
+    """The loggers of the configuration; a resumed TensorBoard forgets what came after the checkpoint."""
+
+    def passed(node: DictConfig) -> dict[str, Any]:
+        return {"purge_step": resumed_step} if node._target_.endswith("TensorBoardLogger") else {}
+
+    return [config.instantiate(f"logger.{name}", node, **passed(node)) for name, node in cfg.logger.items()]
 
 
 _SCHEDULES: dict[str, Callable[..., float]] = {"poly": warmup_poly, "cosine": warmup_cosine, "constant": constant}
@@ -464,7 +520,7 @@ def _illustrate(
     for name, (scores, _) in module.evaluation.items():
         report.plot_confusion(scores.confusion, classes.names, figures / f"confusion_{name}.png")
         report.write_counts(folder / f"counts_{split}_{name}.npz", scores)
-    shown = [data.picture(split, index) for index in _spread(len(data.samples(split)), 4)]
+    shown = _pictures(data, split)
     report.plot_predictions(
         [image for image, _ in shown],
         [mask for _, mask in shown],
@@ -502,9 +558,10 @@ def _best_on_val(
     return _protocols(module)
 
 
-def _spread(n: int, most: int) -> list[int]:
-    """At most so many indices, evenly over n."""
-    return sorted({round(i * (n - 1) / max(1, most - 1)) for i in range(most)})
+def _pictures(data: SegmentationDataModule, split: str, most: int = 4) -> list[tuple[np.ndarray, np.ndarray]]:
+    """At most so many pictures with their masks, evenly over a split; always the same ones."""
+    n = len(data.samples(split))
+    return [data.picture(split, index) for index in sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})]
 
 
 def _columns(results: dict[str, Any]) -> dict[str, Any]:
@@ -529,6 +586,8 @@ def _show(results: dict[str, Any]) -> None:
     stages = [(results, f"last weights, step {results['step']}")]
     if best := results.get("best_on_val"):
         stages.append((best, f"best on {best['selected_on']}, step {best['step']}"))
+    if ema := results.get("ema"):
+        stages.append((ema, f"moving average of the weights, decay {ema['decay']}"))
     for found, weights in stages:
         for name, scores in found["protocols"].items():
             console.print(f"mIoU {report.percent(scores['miou'])} ({name} on {results['split']}, {weights})")

@@ -1,8 +1,11 @@
 """Losses as modules: a criterion scores one head, :class:`DeepSupervision` applies it to all heads of a network."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from bisenet.networks import SegmentationOutput
@@ -18,7 +21,10 @@ class OhemCrossEntropy(nn.Module):
             reference's rule), an int of at least 0 a count (the older V1 rule).
         normalizer: divide by the number ``kept`` or by ``at_least_n_min`` (older V1).
         ignore_index: label of the pixels that do not count.
+        class_weights: weight of each class in the mean over the pixels kept; None: the plain mean.
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -26,8 +32,10 @@ class OhemCrossEntropy(nn.Module):
         min_kept: float | int = 0.0625,
         normalizer: str = "kept",
         ignore_index: int = 255,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        self.register_buffer("class_weights", _weights(class_weights))
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold: got {threshold}, accepted: a probability in (0, 1]")
         if not (min_kept >= 0 and (isinstance(min_kept, int) or min_kept <= 1)):
@@ -49,19 +57,42 @@ class OhemCrossEntropy(nn.Module):
             normalizer=self.normalizer,
             ignore_index=self.ignore_index,
             align_corners=align_corners,
+            class_weights=self.class_weights,
         )
 
 
 class CrossEntropy(nn.Module):
-    """Mean cross entropy over all pixels but those labelled ``ignore_index``."""
+    """Mean cross entropy over all pixels but those labelled ``ignore_index``, weighted by class where that is asked."""
 
-    def __init__(self, ignore_index: int = 255) -> None:
+    class_weights: Tensor | None
+
+    def __init__(self, ignore_index: int = 255, class_weights: Sequence[float] | None = None) -> None:
         super().__init__()
         self.ignore_index = ignore_index
+        self.register_buffer("class_weights", _weights(class_weights))
 
     def forward(self, logits: Tensor, target: Tensor, align_corners: bool = False) -> tuple[Tensor, Tensor]:
         """Return loss and number of valid pixels; see :func:`bisenet.ops.cross_entropy`."""
-        return cross_entropy(logits, target, ignore_index=self.ignore_index, align_corners=align_corners)
+        return cross_entropy(
+            logits,
+            target,
+            ignore_index=self.ignore_index,
+            align_corners=align_corners,
+            class_weights=self.class_weights,
+        )
+
+
+def _weights(class_weights: Sequence[float] | None) -> Tensor | None:
+    return None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+
+
+def enet_class_weights(counts: np.ndarray) -> list[float]:
+    """1 / ln(1.02 + share of the class among the pixels): from 50.5 for absent classes down to 1.4 (arXiv 1606.02147).
+
+    Args:
+        counts: pixels of each class, int64 (C,), not all 0.
+    """
+    return (1 / np.log(1.02 + counts / counts.sum())).tolist()
 
 
 class SupervisedLoss(NamedTuple):

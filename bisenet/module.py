@@ -83,14 +83,16 @@ class SegmentationModule(LightningModule):
                 "lengthen scheduler.warmup_steps, or use precision=fp32"
             )
 
+    def on_fit_start(self) -> None:
+        """What the first process has read of the data, such as class weights, holds for all."""
+        self._share_buffers()
+
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted evaluation may have counted; evaluate what a checkpoint would hold."""
         for _, metric, seconds in self._counters(self.protocols):
             metric.reset()
             seconds.reset()
-        if distributed.is_initialized():  # each process has its own running statistics
-            for buffer in self.segmenter.network.buffers():
-                distributed.broadcast(buffer, src=0)
+        self._share_buffers()
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         """Predict under the first protocol and count."""
@@ -116,6 +118,11 @@ class SegmentationModule(LightningModule):
         """Reduce the counts to scores."""
         self.evaluation = self._scores(self.protocols)
         self.validated_step = None
+
+    def _share_buffers(self) -> None:
+        if distributed.is_initialized():  # each process has its own running statistics
+            for buffer in self.buffers():
+                distributed.broadcast(buffer, src=0)
 
     def _count(self, batch: dict[str, Tensor], protocols: list[str]) -> None:
         found = self.segmenter.predictions(batch["image"], protocols)

@@ -33,6 +33,7 @@ def ohem_cross_entropy(
     normalizer: str,
     ignore_index: int,
     align_corners: bool,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean cross entropy over the hard pixels of a batch.
 
@@ -51,6 +52,8 @@ def ohem_cross_entropy(
         normalizer: divide by the number ``kept``, or by ``at_least_n_min`` = max(kept, n_min), n_min as asked for.
         ignore_index: label of pixels without a class; may lie outside the range of ``target``'s dtype.
         align_corners: as in ``torch.nn.functional.interpolate``.
+        class_weights: float (C,), at least 0. Pixels are selected by their unweighted losses; the mean over those kept
+            is then the weighted one, sum(w l) / sum(w), times kept / divisor where the divisor is not their number.
 
     Returns:
         The loss (float32, or float64 for float64 logits) and the number of pixels kept (int64), both 0-d. Nothing
@@ -65,14 +68,45 @@ def ohem_cross_entropy(
     on_host = logits.device.type == "cpu"
     losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, on_host)
     n_min = _n_min(valid, min_kept)
-    total, kept = _sum_of_hardest(losses, -math.log(threshold), torch.minimum(n_min, valid), on_host)
+    cut = -math.log(threshold)
+    n_least = torch.minimum(n_min, valid)
+    if class_weights is None:
+        total, kept = _sum_of_hardest(losses, cut, n_least, on_host)
+    else:
+        share, kept = _kept_share(losses.masked_fill(target == ignore_index, -1.0), cut, n_least, on_host)
+        total = kept * _weighted_mean(losses, share, target, class_weights)
     return _mean(total, kept if normalizer == "kept" else torch.maximum(kept, n_min), logits), kept
 
 
-def cross_entropy(logits: Tensor, target: Tensor, *, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy over the valid pixels, and their number: :func:`ohem_cross_entropy` that keeps them all."""
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, ignore_index: int, align_corners: bool, class_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy over the valid pixels, and their number: :func:`ohem_cross_entropy` that keeps them all.
+
+    With ``class_weights`` it is the weighted mean of ``torch.nn.CrossEntropyLoss``.
+    """
     losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, logits.device.type == "cpu")
-    return _mean(losses.sum(), valid, logits), valid
+    if class_weights is None:
+        return _mean(losses.sum(), valid, logits), valid
+    return _mean(valid * _weighted_mean(losses, target != ignore_index, target, class_weights), valid, logits), valid
+
+
+def _weighted_mean(losses: Tensor, share: Tensor, target: Tensor, class_weights: Tensor) -> Tensor:
+    """Mean of the losses weighted by ``share`` (0 where the label is ignored) and class; 0 where the weights are."""
+    weights = share * class_weights.to(losses)[target.long().clamp(0, len(class_weights) - 1)]
+    total = weights.sum()
+    return (weights * losses).sum() / torch.where(total > 0, total, 1.0)
+
+
+def _kept_share(losses: Tensor, threshold: float, n_min: Tensor, on_host: bool) -> tuple[Tensor, Tensor]:
+    """With what share in [0, 1] :func:`_sum_of_hardest` keeps each pixel, and the number kept.
+
+    The sum is linear in the losses that it keeps, so the shares are its gradient.
+    """
+    with torch.enable_grad():
+        leaf = losses.detach().requires_grad_()
+        total, kept = _sum_of_hardest(leaf, threshold, n_min, on_host)
+        return torch.autograd.grad(total, leaf)[0], kept
 
 
 def _mean(total: Tensor, count: Tensor, logits: Tensor) -> Tensor:

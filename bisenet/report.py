@@ -78,6 +78,28 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     _save(figure, out)
 
 
+def plot_step_time(seconds: Mapping[str, float], out: Path) -> None:
+    """Draw where the time of a training step goes as bars.
+
+    Args:
+        seconds: ``step``, the whole, and its parts; what they leave of the whole is drawn as "other".
+        out: PNG file.
+    """
+    parts = {name: 1000 * value for name, value in seconds.items() if name != "step"}
+    whole = 1000 * seconds["step"]
+    parts["other"] = max(whole - sum(parts.values()), 0.0)
+    figure = Figure(figsize=(7.5, 0.9 + 0.34 * len(parts)), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    _panel(axes, f"a training step: {whole:.1f} ms", "milliseconds")
+    axes.grid(visible=False, axis="y")
+    axes.barh(list(parts), list(parts.values()), color=_COLOURS[0])
+    for at, value in enumerate(parts.values()):
+        axes.text(value, at, f" {value:.1f} ms, {100 * value / whole:.0f} %", va="center", fontsize=8.5, color="0.25")
+    axes.set_xlim(0, 1.25 * max(parts.values()))
+    axes.invert_yaxis()
+    _save(figure, out)
+
+
 def plot_iou(columns: Mapping[str, Mapping[str, Any]], classes: ClassTable, out: Path) -> None:
     """Draw the IoU of each class, and their mean: bars in the classes' colours, or several columns side by side.
 

@@ -21,6 +21,11 @@ CONF = Path(config.conf_dir())
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir())
 OPTIONS = [f"{p.parent.name}={p.stem}" for p in sorted(CONF.glob("*/*.yaml"))]
 NEEDED = {"data=listed": ["data.root=mine", "data.classes=classes.yaml"]}
+IN_RUN_DIR = {  # keys that Hydra itself fills in when a job runs
+    "logger=tensorboard": "logger.tensorboard.save_dir",
+    "logger=wandb": "logger.wandb.save_dir",
+    "debug=profile": "callbacks.profile.folder",
+}
 BASES = {"optimizer=groups"}  # a fragment that the group's options share
 
 
@@ -44,10 +49,9 @@ def values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 @pytest.mark.parametrize("option", sorted(set(OPTIONS) - BASES))
 def test_every_option_composes_to_a_sound_configuration(option: str) -> None:
-    more = ["hydra.runtime.output_dir=out"] if option.startswith("logger") else NEEDED.get(option, [])
-    cfg = composed(option, *more)
-    if option == "logger=tensorboard":
-        cfg.logger.tensorboard.save_dir = "out"  # Hydra itself fills this in when a job runs
+    cfg = composed(option, *NEEDED.get(option, []))
+    if option in IN_RUN_DIR:
+        OmegaConf.update(cfg, IN_RUN_DIR[option], "out")
     config.check(cfg)
     config.check_targets(cfg, {"model.network": ("n_classes",), "optimizer.algorithm": ("params",)})
     assert config.plain(config.restore(config.plain(cfg))) == config.plain(cfg)
@@ -84,6 +88,15 @@ def test_every_experiment_says_what_it_is() -> None:
         ("scheduler.warmup_steps=2000", "scheduler.warmup_steps: got 2000", "fewer than trainer.max_steps"),
         ("optimizer.algorithm.lr=abc", "optimizer.algorithm.lr: got 'abc'", "at least 0"),
         ("optimizer.algorithm.lr=-1", "optimizer.algorithm.lr: got -1", "at least 0"),
+        ("loss.class_weights=[1,-1]", "loss.class_weights: got [1, -1]", "enet"),
+        ("loss.class_weights=median", "loss.class_weights: got 'median'", "enet"),
+        ("loss.name=cross_entropy", "loss.threshold: got 0.7", "only loss=ohem"),
+        ("loss.threshold=null", "loss.threshold: got None", "(0, 1]"),
+        ("trainer.accumulate=3", "data.batch_size: got 4", "a multiple of 3 (devices x trainer.accumulate)"),
+        ("trainer.gradient_clip=0", "trainer.gradient_clip: got 0.0", "positive"),
+        ("trainer.ema_decay=1", "trainer.ema_decay: got 1.0", "(0, 1)"),
+        ("data.limit=0", "data.limit: got 0", "at least 1"),
+        ("data.synthetic.scene=sea", "data.synthetic.scene: got 'sea'", "street | shapes"),
         ("trainer.max_steps=0", "trainer.max_steps: got 0", "at least 1"),
         ("seed=-1", "seed: got -1", "[0, 2**32)"),
         ("model.pretrained_sha256=F37072FD", "model.pretrained_sha256: got 'F37072FD'", "8 to 64 hexadecimal digits"),

@@ -280,6 +280,43 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
     assert results(run) == results(finished)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_at", ["batch_end:5", "test:6"])
+def test_a_killed_run_continues_with_everything_switched_on(
+    finished_with_everything: tuple[Path, list[str]], tmp_path: Path, kill_at: str
+) -> None:
+    finished, overrides = finished_with_everything
+    killed = train(tmp_path, "run", *overrides, KILL_AT=kill_at)
+    assert killed.returncode == -signal.SIGKILL
+    run = tmp_path / "run"
+    done = script("train.py", f"resume={run}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for file in ("last.ckpt", "best.ckpt", "ema.ckpt"):
+        ours, theirs = (torch.load(r / "checkpoints" / file, weights_only=True) for r in (run, finished))
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+            assert same(ours.get(key), theirs.get(key)), (file, key)
+        averages = [read["callbacks"]["WeightAverage"] if "callbacks" in read else {} for read in (ours, theirs)]
+        assert same(*averages)
+    assert rows(run) == rows(finished)
+    assert results(run) == results(finished)
+    ids = {file.stem for file in run.glob("wandb/offline-run-*/*.wandb")}
+    assert len(ids) == 1  # both processes wrote the same run
+
+
+@pytest.fixture(scope="module")
+def finished_with_everything(tmp_path_factory: pytest.TempPathFactory, scenes: list[str]) -> tuple[Path, list[str]]:
+    """Accumulation, clipping, averaged weights, class weights, early stopping and all loggers; undisturbed."""
+    overrides = [
+        *scenes, "+callbacks.kill={_target_: kill.Kill}", "callbacks=early_stopping", "logger=[wandb,tensorboard]",
+        "data.batch_size=4", "trainer.accumulate=2", "trainer.gradient_clip=0.5", "trainer.ema_decay=0.5",
+        "loss.class_weights=enet",
+    ]  # fmt: skip
+    cwd = tmp_path_factory.mktemp("everything")
+    done = train(cwd, "run", *overrides)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return cwd / "run", overrides
+
+
 def test_resuming_a_finished_run_shows_it_and_changes_nothing(finished: Path) -> None:
     def files() -> dict[Path, int]:
         return {p: p.stat().st_mtime_ns for p in finished.rglob("*.*") if p.is_file() and p.suffix != ".log"}

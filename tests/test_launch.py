@@ -86,7 +86,7 @@ def test_a_process_that_fails_ends_the_job_with_its_error(tmp_path: Path, scenes
     [
         (["trainer.devices=2"], "trainer.devices: got 2, accepted: 1, or more with strategy=ddp"),
         (["trainer.num_nodes=2"], "trainer.num_nodes: got 2, accepted: 1, or more with strategy=ddp"),
-        (["strategy=ddp", "trainer.devices=3"], "data.batch_size: got 4, accepted: a multiple of the 3 devices"),
+        (["strategy=ddp", "trainer.devices=3"], "data.batch_size: got 4, accepted: a multiple of 3"),
     ],
 )
 def test_impossible_devices_are_refused(overrides: list[str], message: str) -> None:

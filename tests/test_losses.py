@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy
+from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy, enet_class_weights
 from bisenet.networks import SegmentationOutput
 from bisenet.ops import _pixel_losses, _sum_of_hardest, cross_entropy, ohem_cross_entropy
 
@@ -303,6 +304,50 @@ def test_shapes_and_types_that_do_not_fit_are_named():
         ohem(logits, target[:, None])
     with pytest.raises(ValueError, match=r"float32.*uint8 and torch\.int64"):
         ohem(logits, target.float())
+
+
+@given(cases, st.integers(0, 2**16))
+def test_weighted_cross_entropy_is_that_of_torch(case, seed):
+    weights = torch.rand(case.logits.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    loss, kept = cross_entropy(*case, ignore_index=IGNORE, align_corners=False, class_weights=weights)
+    full = F.interpolate(case.logits, case.target.shape[-2:], mode="bilinear")
+    expected = F.cross_entropy(full, case.target.long(), weights, ignore_index=IGNORE)
+    assert kept.item() == (case.target != IGNORE).sum()
+    if kept:  # torch divides by 0 where nothing counts
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(gradient(loss, case.logits), gradient(expected, case.logits), rtol=1e-8, atol=1e-12)
+    else:
+        assert loss.item() == 0
+
+
+@given(cases, rules)
+def test_class_weights_do_not_select(case, rule):
+    """Equal weights change nothing; others change the mean over the same pixels, as the same sort selects them."""
+    classes = case.logits.shape[1]
+    plain, kept = ohem(*case, **rule)
+    equal, kept_equal = ohem(*case, **rule, class_weights=torch.full((classes,), 3.0, dtype=torch.float64))
+    assert kept_equal == kept
+    torch.testing.assert_close(equal, plain, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient(equal, case.logits), gradient(plain, case.logits), rtol=1e-8, atol=1e-12)
+
+    weights = torch.linspace(0.5, 2, classes, dtype=torch.float64)
+    loss, kept_weighted = ohem(*case, **rule, class_weights=weights)
+    assert kept_weighted == kept
+    full = F.interpolate(case.logits, case.target.shape[-2:], mode="bilinear")
+    valid = case.target != IGNORE
+    label = case.target.long().masked_fill(~valid, 0)
+    losses, order = F.cross_entropy(full, label, reduction="none")[valid].sort(descending=True)
+    chosen = weights[label[valid][order[:kept]]]
+    n_min = rule["min_kept"] if isinstance(rule["min_kept"], int) else 0
+    divisor = max(int(kept), n_min if rule["normalizer"] == "at_least_n_min" else 0, 1)
+    if kept and (kept == len(losses) or losses[kept - 1] - losses[kept] > 1e-9):  # no tie at the cut
+        expected = (chosen * losses[:kept]).sum() / chosen.sum() * kept / divisor
+        torch.testing.assert_close(loss, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_enet_weights_follow_the_formula_of_the_paper():
+    weights = enet_class_weights(np.array([0, 98, 2]))
+    assert weights == pytest.approx([1 / math.log(1.02), 1 / math.log(2.0), 1 / math.log(1.04)])
 
 
 @pytest.mark.parametrize("criterion", [OhemCrossEntropy(ignore_index=IGNORE), CrossEntropy(ignore_index=IGNORE)])

@@ -206,3 +206,15 @@ def test_manifest_says_what_the_set_is(complete: Path) -> None:
     image = cv2.imread(str(list_cityscapes(complete, "val")[0].image), cv2.IMREAD_UNCHANGED)
     assert image is not None
     assert image.shape == (64, 128, 3)
+
+
+def test_shapes_are_few_large_areas_and_another_set(tmp_path: Path, complete: Path) -> None:
+    image, label = synthetic.render_scene(0, "train", 0, (64, 128), "shapes")
+    again = synthetic.render_scene(0, "train", 0, (64, 128), "shapes")
+    assert (image == again[0]).all()
+    assert (label == again[1]).all()
+    areas = np.unique(label, return_counts=True)[1] / label.size
+    assert len(areas) == 4
+    assert areas.min() > 0.02
+    with pytest.raises(ValueError, match="generator"):
+        write_synthetic(complete, **SET, scene="shapes")

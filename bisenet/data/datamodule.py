@@ -10,6 +10,7 @@ import cv2
 import lightning as L
 import numpy as np
 import torch
+from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -97,7 +98,8 @@ class SegmentationDataModule(L.LightningDataModule):
             scenes = self.data.synthetic
             counts = {"train": scenes.train, "val": scenes.val, "test": scenes.test}
             size = (scenes.size[0], scenes.size[1])
-            write_synthetic(Path(self.data.root).expanduser(), counts=counts, size=size, seed=scenes.seed)
+            root = Path(self.data.root).expanduser()
+            write_synthetic(root, counts=counts, size=size, seed=scenes.seed, scene=scenes.scene)
 
     def setup(self, stage: str | None = None) -> None:
         """List and check the splits of a stage; for ``fit`` all of them, since an evaluation follows the training."""
@@ -120,7 +122,7 @@ class SegmentationDataModule(L.LightningDataModule):
                 outside the class table, or a split without labels or with nothing but ignored pixels in them.
         """
         if split not in self._samples:
-            samples = list_samples(self.data, split)
+            samples = list_samples(self.data, split)[: self.data.limit]
             if unlabelled := sum(sample.label_file is None for sample in samples):
                 raise self._unscorable(split, f"{unlabelled} pictures without label")
             for sample in samples:
@@ -145,12 +147,21 @@ class SegmentationDataModule(L.LightningDataModule):
         """One sample of a split: image, RGB uint8 (H, W, 3), and mask, uint8 (H, W), of train ids."""
         return read_sample(self.samples(split)[index], self.table)
 
+    def class_counts(self, split: str) -> np.ndarray:
+        """Pixels of each train id in the labels of a split, int64 (C,). Reads all of them: tens of ms each."""
+        counts = np.zeros(256, np.int64)
+        for sample in track(self.samples(split), "Counting classes", transient=True):
+            counts += np.bincount(read_mask(sample, self.table).ravel(), minlength=256)
+        return counts[: self.table.num_classes]
+
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless batches from the trainer's current step on; each rank gets its part."""
         rank, world = self._rank()
         samples = self.samples(self.data.train_split)
-        start = self.trainer.global_step * self.trainer.accumulate_grad_batches if self.trainer else 0
-        batches = TrainingBatches(len(samples), self.data.batch_size, self.seed, start=start, rank=rank, world=world)
+        parts = self.trainer.accumulate_grad_batches if self.trainer else 1
+        start = self.trainer.global_step * parts if self.trainer else 0
+        size = self.data.batch_size // parts  # the parts of a step in order are the step: its draws stay the same
+        batches = TrainingBatches(len(samples), size, self.seed, start=start, rank=rank, world=world)
         return self._loader(TrainingSet(samples, self.table, self.augment, self.seed), batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:

@@ -33,7 +33,8 @@ GENERATOR = 2
 SPLITS = ("train", "val", "test")
 MANIFEST = "synthetic.json"
 
-_ID = {entry.name: entry.ids[0] for entry in ClassTable.load("cityscapes").classes}
+_TABLE = ClassTable.load("cityscapes")
+_ID = {entry.name: entry.ids[0] for entry in _TABLE.classes}
 _CITIES = {"train": ("ashford", "birkholm", "calverde"), "val": ("dunmore", "eskeby"), "test": ("fairhaven",)}
 
 _SCENES_PER_PROCESS = 20  # drawing fewer, a second or two, is not worth a process
@@ -781,7 +782,24 @@ class _Street:
 # ---------------------------------------------------------------- the public face
 
 
-def render_scene(seed: int, split: str, number: int, size: Size) -> tuple[np.ndarray, np.ndarray]:
+def _shapes(rng: random.Random, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """Two areas, upper and lower, and in each of them an ellipse: four classes in their colours, with noise."""
+    height, width = size
+    label = np.empty(size, np.uint8)
+    ids = rng.sample([entry.ids[0] for entry in _TABLE.classes if entry.train_id is not None], 4)
+    middle = round(height * rng.uniform(0.45, 0.55))
+    label[:middle], label[middle:] = ids[:2]
+    for top, bottom, left, class_id in ((0, middle, 0.0, ids[2]), (middle, height, 0.5, ids[3])):
+        centre = (round(width * (left + rng.uniform(0.2, 0.3))), (top + bottom) // 2)
+        axes = (round(width * rng.uniform(0.14, 0.18)), round((bottom - top) * rng.uniform(0.32, 0.4)))
+        cv2.ellipse(label, centre, axes, 0, 0, 360, class_id, cv2.FILLED)
+    noise = np.random.default_rng(rng.getrandbits(64)).normal(0, 12, (*size, 3))
+    return np.clip(_TABLE.palette[_TABLE.encode[label]] + noise, 0, 255).astype(np.uint8), label
+
+
+def render_scene(
+    seed: int, split: str, number: int, size: Size, scene: str = "street"
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw one scene, a pure function of the arguments.
 
     Args:
@@ -789,12 +807,16 @@ def render_scene(seed: int, split: str, number: int, size: Size) -> tuple[np.nda
         split: of the scene; the same number is another scene in another split.
         number: of the scene in its split.
         size: (H, W) in pixels, even, from (64, 128) up.
+        scene: ``street``, or ``shapes`` (large areas, for debugging).
 
     Returns:
         The image, RGB uint8 (H, W, 3), and the label, uint8 (H, W): the ids of Cityscapes' labelIds files.
     """
     _require_size(size)
-    canvas = _Canvas(random.Random(f"{seed}/{split}/{number}"), size)
+    rng = random.Random(f"{seed}/{split}/{number}")
+    if scene == "shapes":
+        return _shapes(rng, size)
+    canvas = _Canvas(rng, size)
     _sky(canvas)
     _skyline(canvas)
     _Street(canvas).draw()
@@ -809,7 +831,7 @@ def _require_size(size: Size) -> None:
         raise ValueError(f"size of a synthetic scene: got {height}x{width}, accepted: even numbers from 64x128 up")
 
 
-def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: int) -> None:
+def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: int, scene: str = "street") -> None:
     """Write ``counts[split]`` scenes of each split below ``root``, in the layout of Cityscapes.
 
     A complete set of the same parameters is left as it is, an interrupted one is completed, and several processes may
@@ -824,7 +846,8 @@ def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: 
     if min(counts.values(), default=0) < 0 or not sum(counts.values()):
         raise ValueError(f"synthetic scenes: got counts {dict(counts)}, accepted: 0 or more, not 0 in all")
     _require_size(size)
-    asked: dict[str, Any] = {"generator": GENERATOR, "seed": seed, "size": list(size)}
+    generator = GENERATOR if scene == "street" else f"{scene} {GENERATOR}"
+    asked: dict[str, Any] = {"generator": generator, "seed": seed, "size": list(size)}
     asked["counts"] = {split: counts.get(split, 0) for split in SPLITS}
     manifest, draft = root / MANIFEST, root / f"{MANIFEST}.partial"
 
@@ -848,7 +871,7 @@ def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: 
     missing = [scene for scene in scenes if not all(path.exists() for path in _paths(root, *scene))]
     if missing:
         _publish(draft, json.dumps(asked, indent=2).encode())
-    draw, pool = partial(_draw, root, seed, size), None
+    draw, pool = partial(_draw, root, seed, size, scene), None
     processes = min(os.cpu_count() or 1, len(missing) // _SCENES_PER_PROCESS)
     if processes > 1:
         cv2.setNumThreads(0)  # here: threads of OpenCV do not survive a fork
@@ -865,10 +888,10 @@ def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: 
     draft.unlink(missing_ok=True)
 
 
-def _draw(root: Path, seed: int, size: Size, scene: tuple[str, int]) -> None:
+def _draw(root: Path, seed: int, size: Size, scene: str, place: tuple[str, int]) -> None:
     """Draw a scene to its files."""
-    image, label = render_scene(seed, *scene, size)
-    for path, pixels in zip(_paths(root, *scene), (cv2.cvtColor(image, cv2.COLOR_RGB2BGR), label), strict=True):
+    image, label = render_scene(seed, *place, size, scene)
+    for path, pixels in zip(_paths(root, *place), (cv2.cvtColor(image, cv2.COLOR_RGB2BGR), label), strict=True):
         _publish(path, cv2.imencode(".png", pixels)[1].tobytes())
 
 

@@ -1,0 +1,407 @@
+"""Runs with everything switched on, and what their loggers recorded, read back from disk."""
+
+import csv
+import json
+import logging
+import math
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_config import composed
+from torch import nn
+
+import bisenet
+from bisenet import callbacks, checkpoint, config, experiment, report
+from bisenet.classes import ClassTable
+from bisenet.data import dataset
+from bisenet.networks import SegmentationOutput
+
+TABLE = ClassTable.load("cityscapes")
+SMALL = ["debug=fast", "data=shapes", "trainer.progress=false", "trainer.accelerator=cpu",
+         "model.network.width_multiplier=0.25"]  # fmt: skip
+
+
+class Plain(nn.Module):
+    """A network without batch statistics, so that accumulated batches add up exactly."""
+
+    head_names = ("head",)
+    align_corners = False
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, n_classes, 8, stride=8)
+
+    def forward(self, x: torch.Tensor) -> SegmentationOutput:
+        return SegmentationOutput(self.head(x), ())
+
+
+PLAIN = ["model=plain", "loss=cross_entropy"]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"data.root={tmp_path_factory.mktemp('data') / 'shapes'}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_figures() -> Iterator[None]:
+    """The figures of a run are drawn in test_experiment.py; here they would take half of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_curves", "plot_iou", "plot_confusion", "plot_predictions"):
+            patch.setattr(report, name, lambda *_: None)
+        yield
+
+
+def composed_small(*overrides: str) -> DictConfig:
+    cfg = composed(*SMALL, *(override for override in overrides if override != "model=plain"))
+    if "model=plain" in overrides:
+        cfg.model.network = {"_target_": "test_callbacks.Plain"}
+        cfg.model.output_layers = []
+    return cfg
+
+
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    cfg = composed_small(*overrides)
+    config.check(cfg)
+    folder.mkdir(exist_ok=True)
+    return experiment.train(cfg, folder)
+
+
+def loggers(folder: Path) -> list[str]:
+    return ["logger=[wandb,tensorboard]", f"logger.wandb.save_dir={folder}", f"logger.tensorboard.save_dir={folder}"]
+
+
+# ---------------------------------------------------------------- Weights & Biases, read back
+
+
+class Recorded(NamedTuple):
+    """An offline run of W&B: what would be uploaded."""
+
+    folder: Path
+    run: Any
+    config: dict[str, Any]
+    history: list[dict[str, Any]]
+    exit_code: int
+
+    def last(self, key: str) -> Any:
+        return [row[key] for row in self.history if key in row][-1]
+
+
+def records(file: Path) -> Iterator[Any]:
+    """The records of a .wandb file: a header of 7 bytes, then blocks of 32 KiB in LevelDB's log format."""
+    from wandb.proto import wandb_internal_pb2
+
+    content = file.read_bytes()
+    assert content.startswith(b":W&B")
+    at, parts = 7, b""
+    while at + 7 <= len(content):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(parts)  # type: ignore[attr-defined]
+            parts = b""
+
+
+def read_wandb(run_dir: Path) -> Recorded:
+    found: list[Any] = []
+    deadline = time.monotonic() + 60  # W&B's process writes on for a moment after a run has been finished
+    while not any(record.WhichOneof("record_type") == "exit" for record in found) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        found = [record for file in run_dir.glob("wandb/offline-run-*/*.wandb") for record in records(file)]
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    (started,) = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+    settings = {item.key: json.loads(item.value_json) for item in started.config.update}
+    history = []
+    for record in found:
+        kind = record.WhichOneof("record_type")
+        if kind == "config":
+            settings |= {item.key: json.loads(item.value_json) for item in record.config.update}
+        elif kind == "history":
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                keys, node = list(item.nested_key) or [item.key], row
+                for key in keys[:-1]:
+                    node = node.setdefault(key, {})
+                node[keys[-1]] = json.loads(item.value_json)
+            history.append(row)
+    (exit_code,) = [record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"]
+    return Recorded(file.parent / "files", started, settings, history, exit_code)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory, shapes: str) -> Path:
+    """Six steps with all that can be switched on; seed 3, since the fixture must not show what is true by default."""
+    folder = tmp_path_factory.mktemp("runs") / "all"
+    run(folder, shapes, *loggers(folder), "name=sweep", "seed=3", "data.batch_size=4", "trainer.accumulate=2",
+        "trainer.ema_decay=0.5", "trainer.gradient_clip=0.5", "trainer.deterministic=true",
+        "loss.class_weights=enet")  # fmt: skip
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recorded(everything: Path) -> Recorded:
+    return read_wandb(everything)
+
+
+def test_runs_of_a_sweep_are_grouped_with_the_seed_as_tag(recorded: Recorded) -> None:
+    assert (recorded.run.project, recorded.run.run_group, list(recorded.run.tags)) == ("bisenet", "sweep", ["seed=3"])
+    assert recorded.run.display_name == "all"  # the folder of the run
+    assert recorded.exit_code == 0
+
+
+def test_the_whole_configuration_and_the_commit_are_there(recorded: Recorded, everything: Path) -> None:
+    stored = checkpoint.read(everything).config
+    assert {key: recorded.config[key] for key in stored} == stored
+    assert recorded.config["provenance"]["commit"] == json.loads((everything / "provenance.json").read_text())["commit"]
+
+
+def test_scalars_are_those_of_the_csv_file(recorded: Recorded, everything: Path) -> None:
+    with (everything / "metrics.csv").open() as stream:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(stream)]
+    names = ("train/loss", "lr/decay", "lr/output_no_decay", "train/kept/head", "train/kept/aux5_4", "time/data",
+             "val/ss/miou")  # fmt: skip
+    for name in names:
+        expected = {row["step"]: row[name] for row in rows if name in row}
+        found = {row["trainer/global_step"]: row[name] for row in recorded.history if name in row}
+        assert found == pytest.approx(expected)
+        assert len(found) == (2 if name == "val/ss/miou" else 6)
+    assert all(0 < row["train/kept/head"] <= 1 for row in rows if "train/kept/head" in row)
+
+
+def test_pictures_carry_masks_with_class_names(recorded: Recorded) -> None:
+    shown = recorded.last("val/predictions")
+    assert (shown["count"], shown["_type"]) == (2, "images/separated")
+    labels = {**{str(i): name for i, name in enumerate(TABLE.names)}, "255": "ignored"}
+    table = recorded.config["_wandb"].get("mask/class_labels", {})
+    for kind in ("prediction", "truth"):
+        masks = [Image.open(recorded.folder / masks[kind]["path"]) for masks in shown["all_masks"]]
+        assert [mask.size for mask in masks] == [(128, 64)] * 2
+        named = table.get(f"val/predictions_wandb_delimeter_{kind}", {}).get("value")
+        assert named == labels
+    assert [Image.open(recorded.folder / name).size for name in shown["filenames"]] == [(128, 64)] * 2
+
+
+def test_every_evaluation_leaves_a_table_of_classes(recorded: Recorded, everything: Path) -> None:
+    results = json.loads((everything / "results.json").read_text())
+    for key, scores in {
+        "val/ss/classes": None,
+        "final/last/val/ss/classes": results["scores"],
+        "final/best_on_val/val/ss/classes": results["best_on_val"]["scores"],
+        "final/ema/val/ss/classes": results["ema"]["scores"],
+    }.items():
+        table = json.loads((recorded.folder / recorded.last(key)["path"]).read_text())
+        assert table["columns"][:2] == ["class", "iou"]
+        assert [row[0] for row in table["data"]] == list(TABLE.names)
+        if scores:
+            assert [row[1] for row in table["data"]] == [scores["classes"][name]["iou"] for name in TABLE.names]
+    tables = [row for row in recorded.history if "val/ss/classes" in row]
+    assert [row["trainer/global_step"] for row in tables] == [3, 6]
+
+
+def test_a_job_that_fails_ends_its_run_as_failed(shapes: str, tmp_path: Path) -> None:
+    import wandb
+
+    with pytest.raises(FloatingPointError):
+        run(tmp_path, shapes, *PLAIN, *loggers(tmp_path),
+            "optimizer.algorithm.lr=1e30")  # fmt: skip
+    assert wandb.run is None  # the next job of this process begins its own
+    assert read_wandb(tmp_path).exit_code == 1
+
+
+def test_no_key_and_no_network_never_stop_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    def unreachable(**_: Any) -> bool:
+        raise wandb.Error("no route to host")
+
+    for login, why in ((lambda **_: False, "no API key"), (unreachable, "no route to host")):
+        monkeypatch.setattr(wandb, "login", login)
+        with caplog.at_level(logging.WARNING):
+            logger = callbacks.wandb_logger(str(tmp_path), "online", project="p")
+        assert logger._wandb_init["mode"] == "offline"
+        assert why in caplog.text
+    with pytest.raises(ValueError, match=r"mode: got 'on', accepted: offline \| online"):
+        callbacks.wandb_logger(str(tmp_path), "on")
+
+
+def test_the_environment_may_switch_wandb_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode in ("disabled", "offline"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert composed("logger=wandb").logger.wandb.mode == mode
+    monkeypatch.delenv("WANDB_MODE")
+    assert composed("logger=wandb").logger.wandb.mode == "offline"
+
+
+# ---------------------------------------------------------------- TensorBoard
+
+
+def test_tensorboard_has_scalars_pictures_and_tables(everything: Path) -> None:
+    events = EventAccumulator(str(everything / "tensorboard"), {"tensors": 0, "images": 0, "scalars": 0})
+    events.Reload()
+    assert len(events.Scalars("train/loss")) == 6
+    assert len(events.Scalars("val/ss/miou")) == 2
+    pictures = events.Images("val/predictions/1")
+    assert [(picture.step, picture.width, picture.height) for picture in pictures] == [(3, 3 * 128, 64), (6, 384, 64)]
+    assert "final/ema/val/ss/classes/text_summary" in events.Tags()["tensors"]
+
+
+# ---------------------------------------------------------------- training options
+
+
+def test_the_average_is_reported_apart_and_can_be_loaded(everything: Path) -> None:
+    results = json.loads((everything / "results.json").read_text())
+    assert results["ema"]["decay"] == 0.5
+    assert results["ema"]["scores"]["n_images"] == results["scores"]["n_images"]
+    last, average = (checkpoint.read(everything / "checkpoints" / f"{name}.ckpt") for name in ("last", "ema"))
+    assert (average.step, average.config) == (last.step, last.config)
+    assert last.weights.keys() == average.weights.keys()
+    assert not torch.equal(last.weights["head.conv_out.1.weight"], average.weights["head.conv_out.1.weight"])
+    assert bisenet.load(average.path).predict(np.zeros((64, 128, 3), np.uint8)).shape == (64, 128)
+
+
+def test_the_average_follows_its_recursion() -> None:
+    network, step = nn.Linear(2, 1), SimpleNamespace(accumulate_grad_batches=2)
+    average = callbacks.WeightAverage(network, decay=0.75)
+    expected = None
+    for batch in range(10):
+        nn.init.normal_(network.weight)
+        average.on_train_batch_end(step, None, None, None, batch)  # type: ignore[arg-type]
+        if batch % 2:  # the batches in between do not step
+            now = network.weight.detach().clone()
+            expected = now if expected is None else 0.75 * expected + 0.25 * now
+    torch.testing.assert_close(average.weights["weight"], expected)
+    restored = callbacks.WeightAverage(nn.Linear(2, 1), decay=0.75)
+    restored.load_state_dict(average.state_dict())
+    assert torch.equal(restored.weights["weight"], average.weights["weight"])
+
+
+def test_accumulated_batches_are_the_step_of_one_large_batch(shapes: str, tmp_path: Path) -> None:
+    weights, logged = [], []
+    for parts in (1, 2):
+        folder = tmp_path / str(parts)
+        run(folder, shapes, *PLAIN, "data.batch_size=4", "augment.scale=[1,1]",
+            f"trainer.accumulate={parts}", "trainer.max_steps=3", "trainer.val_interval=2")  # fmt: skip
+        weights.append(checkpoint.read(folder).weights["head.weight"])
+        with (folder / "metrics.csv").open() as stream:
+            logged.append([(row["step"], bool(row["train/loss"])) for row in csv.DictReader(stream)])
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)  # no pixel is ignored in these scenes
+    assert logged[0] == logged[1]
+
+
+def test_gradient_clipping_bounds_a_step(shapes: str, tmp_path: Path) -> None:
+    overrides = [shapes, *PLAIN, "scheduler=constant", "optimizer.algorithm.lr=1.0",
+                 "optimizer.algorithm.momentum=0", "optimizer.algorithm.weight_decay=0", "trainer.max_steps=2",
+                 "trainer.gradient_clip=1e-3"]  # fmt: skip
+    run(tmp_path, *overrides)
+    module = experiment.build(composed_small(*overrides), TABLE)
+    start = module.segmenter.network.state_dict()
+    moved = [(value - start[name]).norm() for name, value in checkpoint.read(tmp_path).weights.items()]
+    assert 1e-4 < torch.stack(moved).norm() <= 2 * 1e-3 * 1.01
+
+
+def test_class_weights_of_the_training_split_travel_with_the_checkpoint(everything: Path) -> None:
+    state = torch.load(everything / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    weights = state["loss.criterion.class_weights"]
+    assert weights.max() == pytest.approx(1 / math.log(1.02), rel=1e-5)  # a class that does not occur
+    assert weights.min() < 10
+    with pytest.raises(ValueError, match=r"loss.class_weights: got 2 weights, accepted: one for each of the 19"):
+        experiment.build(composed("loss.class_weights=[1,2]"), TABLE)
+
+
+def test_early_stopping_ends_a_run_that_then_stays_ended(shapes: str, tmp_path: Path) -> None:
+    overrides = [shapes, *PLAIN, "callbacks=early_stopping",
+                 "callbacks.early_stopping.patience=1", "+callbacks.early_stopping.min_delta=1.0",
+                 "trainer.val_interval=2", "trainer.max_steps=20"]  # fmt: skip
+    first = run(tmp_path, *overrides)
+    assert first["step"] == 4  # the second validation is no better by 1
+    (tmp_path / "results.json").unlink()  # as if it had been killed in the final evaluation
+    again = run(tmp_path, *overrides, f"resume={tmp_path}")
+    assert (again["step"], again["miou"]) == (4, first["miou"])
+
+
+def test_the_training_step_reads_nothing_back() -> None:
+    """On the meta device every synchronisation with the host is an error."""
+    module = experiment.build(composed("loss.class_weights=enet", *SMALL), TABLE).to("meta")
+    group = {"name": "all", "lr": 0.1}
+    module._trainer = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[group])])  # type: ignore[assignment]
+    logged: dict[str, Any] = {}
+    module.log_dict = logged.update  # type: ignore[assignment, method-assign]
+    batch = {"image": torch.zeros(2, 3, 64, 128, dtype=torch.uint8, device="meta"),
+             "mask": torch.zeros(2, 64, 128, dtype=torch.uint8, device="meta")}  # fmt: skip
+    assert module.training_step(batch, 0).device.type == "meta"
+    assert logged["lr/all"] == 0.1
+    assert all(logged[f"train/kept/{name}"].device.type == "meta" for name in module.segmenter.network.head_names)  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------- debugging
+
+
+def test_a_profile_shows_the_wait_for_data_and_leaves_a_trace(
+    shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, float] = {}
+    draw = report.plot_step_time
+    monkeypatch.setattr(report, "plot_step_time", lambda seconds, out: (drawn.update(seconds), draw(seconds, out)))
+    read = dataset.read_sample
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        return read(*arguments)
+
+    monkeypatch.setattr(dataset, "read_sample", slow)
+    run(tmp_path, shapes, *PLAIN, "debug=profile", f"callbacks.profile.folder={tmp_path / 'profile'}",
+        "callbacks.profile.warmup=1", "callbacks.profile.steps=3", "callbacks.profile.traced=1",
+        "trainer.max_steps=5", "data.batch_size=4", "trainer.accumulate=2", "data.workers=0",
+        "augment.crop=[64,128]", "scheduler.warmup_steps=1")  # fmt: skip
+    assert drawn.keys() == {"data", "network", "loss", "backward", "optimizer", "step"}
+    assert 0.8 < drawn["data"] < drawn["step"]  # four pictures
+    assert 0.8 * drawn["step"] < sum(drawn.values()) - drawn["step"] <= drawn["step"] * 1.01
+    assert Image.open(tmp_path / "profile" / "profile.png").width > 300
+    events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    assert any("convolution" in event.get("name", "") for event in events)
+
+
+def test_a_profile_needs_its_steps(shapes: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer.max_steps: got 6, accepted: at least 28"):
+        run(tmp_path, shapes, "debug=profile", "trainer.max_steps=6", f"callbacks.profile.folder={tmp_path}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["bisenetv1", "bisenetv1_diss", "bisenetv1_ushape", "bisenetv2", "bisenetv2_large"])
+def test_every_variant_learns_two_pictures_by_heart(variant: str, shapes: str, tmp_path: Path) -> None:
+    cfg = composed("debug=overfit", shapes, f"model={variant}", "trainer.progress=false", "trainer.accelerator=cpu")
+    config.check(cfg)
+    assert experiment.train(cfg, tmp_path)["miou"] > 0.95
+    main = f"train/loss/{bisenet.load(tmp_path).network.head_names[0]}"  # type: ignore[index]
+    with (tmp_path / "metrics.csv").open() as stream:
+        losses = [float(row[main]) for row in csv.DictReader(stream) if row[main]]
+    assert losses[-1] < 0.05
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_to_the_same_weights(shapes: str, tmp_path: Path) -> None:
+    weights = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        run(folder, shapes, *PLAIN, f"trainer.compile={compiled}")
+        weights.append(checkpoint.read(folder).weights)
+    assert weights[0].keys() == weights[1].keys()
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-5)

@@ -70,7 +70,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
     last = run_dir / "checkpoints" / "last.ckpt"
     continued = resumed and last.exists()
-    if not resumed:
+    if not (run_dir / "provenance.json").exists():
         report.write_json(run_dir / "provenance.json", provenance(typed))
     best = ModelCheckpoint(
         run_dir / "checkpoints", filename="best", monitor=module.miou_key, mode="max", enable_version_counter=False
@@ -87,6 +87,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         devices=1,
         precision=_PRECISION[typed.precision.name],  # type: ignore[arg-type]
         use_distributed_sampler=False,  # ours already is
+        deterministic=typed.deterministic,
         num_sanity_val_steps=0 if continued else 2,
         logger=[
             csv_logger(run_dir, resumed_step=checkpoint.read(last).step if continued else 0 if resumed else None),
@@ -254,6 +255,7 @@ def _evaluate(
         "split": split,
         "protocol": module.segmenter.protocol.name,
         "scores": table,
+        "protocols": {module.segmenter.protocol.name: table},
     }
 
 

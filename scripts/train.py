@@ -1,15 +1,18 @@
-"""Train and evaluate a model: ``python scripts/train.py experiment=demo trainer.max_steps=500``."""
+"""Train and evaluate a model, or with -m many: ``python scripts/train.py experiment=demo trainer.max_steps=500``."""
 
 from omegaconf import DictConfig
 
-from bisenet import config
+from bisenet import config, sweep
 
 
 @config.entry("train")
 def main(cfg: DictConfig) -> None:
     """Check the configuration, then do the work."""
     config.check(cfg)
-    if cfg.resume is not None:
+    if sweep.is_job():
+        if (cfg := sweep.job(cfg)) is None:
+            return
+    elif cfg.resume is not None:
         cfg = config.resumed(cfg, config.overrides())
     from bisenet import experiment  # heavy: only once the configuration is sound
 
@@ -17,4 +20,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sweep.run(main)

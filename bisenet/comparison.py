@@ -1,6 +1,6 @@
 """Groups of runs side by side: what each scored, how far they differ, and whether that means anything.
 
-:func:`compare` makes plain data of it, which :func:`show` and :func:`write` put before people. Scores are percentages and
+:func:`compare` makes plain data of it, which :func:`show` and :func:`write` put before people. Scores are percentages,
 differences percentage points.
 """
 
@@ -131,16 +131,19 @@ def compare(
 def _common_split(runs: Sequence[Run]) -> str | None:
     """The split that all runs report; their protocols of the same name must be the same, too."""
     splits: dict[str, str] = {}
-    definitions: dict[str, tuple[str, Any]] = {}
     for run in runs:
         splits.setdefault(run.results["split"], run.name)
-        for protocol, scores in run.results["protocols"].items():
-            first, definition = definitions.setdefault(protocol, (run.name, scores.get("definition")))
-            if definition != scores.get("definition"):
-                raise ValueError(f"protocol {protocol}: {first} and {run.name} define it differently; evaluate one again")
     if len(splits) > 1:
         named = ", ".join(f"{split} ({name})" for split, name in splits.items())
         raise ValueError(f"runs: got scores on several splits, accepted: one; {named}")
+    definitions: dict[str, tuple[str, Any]] = {}
+    for run in runs:
+        for protocol, scores in run.results["protocols"].items():
+            first, definition = definitions.setdefault(protocol, (run.name, scores.get("definition")))
+            if definition != scores.get("definition"):
+                raise ValueError(
+                    f"protocol {protocol}: {first} and {run.name} define it differently; evaluate one again"
+                )
     return next(iter(splits), None)
 
 
@@ -184,9 +187,9 @@ def _comparisons(
         entry = {"first": first, "second": second, **trick, "n": [len(a), len(b)]}
         if min(len(a), len(b)) > 1:
             test = statistics.welch(a, b)
-            needed = statistics.seeds_needed(needed_for, statistics.pooled_sd(float(np.std(a, ddof=1)), float(np.std(b, ddof=1))))  # fmt: skip
+            spread = statistics.pooled_sd(*(float(np.std(values, ddof=1)) for values in (a, b)))
             entry |= _interval(test.difference) | {"p": test.p, "effect_size": _finite(test.effect_size)}
-            entry |= {"seeds_needed": needed}
+            entry |= {"seeds_needed": statistics.seeds_needed(needed_for, spread)}
         else:
             entry |= {"difference": float(np.mean(a) - np.mean(b)), "low": None, "high": None, "p": None}
             entry |= {"effect_size": None, "seeds_needed": None}
@@ -384,26 +387,22 @@ def _sections(summary: Mapping[str, Any]) -> Iterator[_Section]:
     for protocol, content in protocols.items():
         groups = content["groups"]
         columns = ["group", "n", "mean", "sd", "95% interval", "min", "max", f"resolvable at {POWER:.0%} power"]
-        yield _Section(
-            f"Groups, {protocol}",
-            columns,
-            [
-                [name, str(g["n"]), _number(g["mean"]), _number(g["sd"]), _range(g), *map(_number, (g["min"], g["max"], g["resolvable"]))]
-                for name, g in groups.items()
-            ],
-            [note for name, g in groups.items() for note in _variance(name, g["variance"])],
-        )  # fmt: skip
+        rows = [
+            [name, str(g["n"]), _number(g["mean"]), _number(g["sd"]), _range(g), _number(g["min"]), _number(g["max"]),
+             _number(g["resolvable"])]
+            for name, g in groups.items()
+        ]  # fmt: skip
+        notes = [note for name, group in groups.items() for note in _variance(name, group["variance"])]
+        yield _Section(f"Groups, {protocol}", columns, rows, notes)
         yield from _differences(protocol, content["comparisons"], summary["difference"])
-    if summary["within_runs"]:
-        yield _Section(
-            "Evaluation alone: protocols within the same runs",
-            ["protocols", "group", "runs", "difference", "95% interval", "p", "over images"],
-            [
-                [f"{e['first']} - {e['second']}", e["group"], str(e["n"]), _signed(e["difference"]), _range(e), _p(e["p"]),
-                 _range(e["images"])]
-                for e in sorted(summary["within_runs"], key=lambda e: -e["difference"])
-            ],
-        )  # fmt: skip
+    if within := summary["within_runs"]:
+        columns = ["protocols", "group", "runs", "difference", "95% interval", "p", "over images"]
+        rows = [
+            [f"{e['first']} - {e['second']}", e["group"], str(e["n"]), _signed(e["difference"]), _range(e), _p(e["p"]),
+             _range(e["images"])]
+            for e in sorted(within, key=lambda e: -e["difference"])
+        ]  # fmt: skip
+        yield _Section("Evaluation alone: protocols within the same runs", columns, rows)
 
 
 def _differences(protocol: str, comparisons: Sequence[Mapping[str, Any]], needed_for: float) -> Iterator[_Section]:
@@ -435,7 +434,9 @@ def _variance(name: str, variance: Mapping[str, float] | None) -> list[str]:
     if variance is None:
         return []
     seed, repeat = variance["seed_sd"], variance["repeat_sd"]
-    return [f"{name}: sd of seeds {seed:.3f}, of repetitions of a seed {repeat:.3f} (seeds matter: p = {variance['p']:.2g})"]
+    return [
+        f"{name}: sd of seeds {seed:.3f}, of repetitions of a seed {repeat:.3f} (seeds matter: p = {variance['p']:.2g})"
+    ]
 
 
 def _number(value: float | None) -> str:

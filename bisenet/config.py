@@ -409,14 +409,14 @@ class CompareConfig:
     runs: Any = None  # str | list[str] | None; OmegaConf 2.3 cannot merge a union
     """Run directories, folders that hold some, and globs of either: one, or a list."""
     by: Any = None  # str | list[str] | None
-    """Groups: keys of the configuration (``loss.aux_weight``) or groups of options (``model``), one or a list; null: what
-    was overridden differently in the runs, but for seeds."""
+    """What makes groups: keys of the configuration (``loss.aux_weight``) or option groups (``model``), one or a list;
+    null: what was overridden differently in the runs, but for seeds."""
     values: Any = None  # dict[str, list[float]] | None; Hydra takes a new key into a null only
     """Name -> published scores in percent, one for each seed: groups without runs."""
     values_protocol: str = "ss"
     """Protocol of the published scores."""
     metric: str = "miou"
-    """Score of each protocol in ``results.json`` that is compared, such as ``pixel_accuracy`` or ``classes.car.iou``."""
+    """Score in ``results.json``, under each protocol, such as ``pixel_accuracy`` or ``classes.car.iou``."""
     baseline: str | None = None
     """Group that the others are compared with; null: all pairs, for an ablation those that differ in one trick."""
     difference: float = 0.5
@@ -512,7 +512,7 @@ def _config_subdir(resume: str | None, run_dir: str, mode: RunMode) -> str | Non
 
 
 def job_dir(override_dirname: str) -> str:
-    """Folder of a job within its sweep, from Hydra's ``key=value,key=[a,b]``: without brackets, which globs would read."""
+    """Folder of a job within its sweep, from Hydra's ``key=value,key=[a,b]``: without brackets, which globs read."""
     name = re.sub(r"\[([^]]*)\]", lambda found: found[1].replace(",", "+") or "nothing", override_dirname)
     name = re.sub(r"[^\w=.,+-]", "-", name)
     if len(name) > 200:  # file systems end at 255

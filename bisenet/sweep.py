@@ -28,7 +28,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bisenet import config
 
@@ -60,7 +60,8 @@ class SweepCallback(Callback):
             try:
                 _ = job_return.return_value
             except Exception as error:
-                log.exception("job %s failed", config.hydra.job.override_dirname, exc_info=error)
+                known = isinstance(error, ValueError | OSError)  # says all that there is to say
+                log.error("job %s failed: %s", config.hydra.job.override_dirname, error, exc_info=not known)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -101,19 +102,17 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
     from bisenet.comparison import Run
 
     places = [Path(place) for path in paths for place in (sorted(glob.glob(path)) or [path])]
-    folders: list[Path] = []
+    stored: dict[Path, _Stored] = {}
     planned: list[Path] = []
     for place in places:
-        # A finished name such as seed=[1] is no pattern.
-        found = sorted(file.parents[1] for file in place.rglob(".hydra/config.yaml"))
-        planned += [sweep.parent / job for sweep in sorted(place.rglob(_FILE)) for job in _jobs(sweep.parent)]
-        folders += found
-    folders = [folder for folder in dict.fromkeys(folders) if "model" in OmegaConf.load(folder / ".hydra/config.yaml")]
-    everything = list(dict.fromkeys([*folders, *planned]))
+        for file in sorted(place.rglob(".hydra/config.yaml")):
+            if (run := _Stored(file.parents[1])).config.get("model"):  # and no evaluation or comparison
+                stored.setdefault(file.parents[1], run)
+        planned += [file.parent / job for file in sorted(place.rglob(_FILE)) for job in _jobs(file.parent)]
+    everything = list(dict.fromkeys([*stored, *planned]))
     if not everything:
         raise FileNotFoundError(f"runs: no run in {', '.join(paths)}; accepted: run directories or folders of them")
     root = Path(os.path.commonpath([folder.parent for folder in everything]))
-    stored = {folder: _Stored(folder) for folder in folders}
     keys = _varied(list(stored.values())) if by is None else list(by)
 
     runs, missing = [], {}
@@ -146,18 +145,17 @@ class _Stored:
         self.overrides = dict(line.lstrip("+~").partition("=")[::2] for line in lines)
 
     def value(self, key: str) -> str:
-        """An option, several as ``a+b``, or a value of the configuration, as text."""
-        value = self.choices.get(key)
-        if value is None:
-            value = OmegaConf.select(self.config, key, default=_ABSENT)
-            if isinstance(value, DictConfig):
-                value = value.get("name", _ABSENT)
-        if value is _ABSENT:
+        """An option, several as ``a+b``, or a value of the configuration, as text.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        if Path(config.conf_dir(), key).is_dir():  # Hydra records the choice of a group, but only if it is a single one
+            return config.job_dir(str(self.choices.get(key) or self.overrides.get(key, "nothing")))
+        value = OmegaConf.select(self.config, key, default=self)
+        if value is self or isinstance(value, DictConfig):
             raise ValueError(f"by: got {key!r}, accepted: an option group or a single value of the configuration")
-        return config.job_dir(str(value).replace("'", "").replace(" ", "")) if isinstance(value, list | ListConfig) else str(value)
-
-
-_ABSENT = object()
+        return str(value)
 
 
 def _varied(stored: Sequence[_Stored]) -> list[str]:
@@ -206,8 +204,11 @@ def _begin(cfg: DictConfig) -> Path:
         overrides = {override.key_or_group: override for override in parser.parse_overrides(given)}  # the last counts
         fixed = [key for key, override in overrides.items() if not override.is_sweep_override()]
         if cfg.sweep.name is None:
-            name = hydra.runtime.choices.experiment or cfg.name
-            cfg.sweep.name = re.sub(r"[\[\]' ]", "", str(name)).replace(",", "+")
+            chosen = overrides.get("experiment")
+            name = (
+                chosen.get_value_element_as_str() if chosen and "experiment" in fixed and chosen.value() else cfg.name
+            )
+            cfg.sweep.name = config.job_dir(name).replace(",", "+")
         config.typed(cfg.sweep)
         hydra.overrides.hydra += [
             f"sweep.name={cfg.sweep.name}",  # some names depend on what is swept

@@ -24,7 +24,7 @@ VARIANTS = ["bisenetv1", "bisenetv1_diss", "bisenetv1_ushape", "bisenetv2", "bis
 
 
 def script(name: str, *overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment |= {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "scripts" / name), *overrides]
     return subprocess.run(
         command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=600

@@ -500,14 +500,19 @@ def _run_dir(resume: str | None, name: str) -> str:
 
 def _config_subdir(resume: str | None, run_dir: str, mode: RunMode) -> str | None:
     """Hydra's folder within the run. Evaluated before Hydra writes there: what a run has recorded stays as it was."""
-    begun = (Path(run_dir) / ".hydra" / "config.yaml").exists()
-    job = mode == RunMode.MULTIRUN  # its folder says which job it is: the same command continues it
-    if job and (Path(run_dir) / "results.json").exists():
-        return None
-    if resume is not None or (job and begun):
+    folder = Path(run_dir)
+    if mode == RunMode.MULTIRUN:  # the folder says which job it is: the same command continues it
+        if (folder / "results.json").exists():
+            return None
+        continued = (folder / "provenance.json").exists()  # written once training can begin
+    else:
+        continued = resume is not None
+        if not continued and (folder / ".hydra" / "config.yaml").exists():
+            raise ValueError(
+                f"{run_dir} holds a run already; resume={run_dir} continues it, another directory starts anew"
+            )
+    if continued:
         return f".hydra/resumed_{datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}"
-    if begun:
-        raise ValueError(f"{run_dir} holds a run already; resume={run_dir} continues it, another directory starts anew")
     return ".hydra"
 
 

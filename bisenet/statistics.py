@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -100,7 +101,7 @@ def welch(first: ArrayLike, second: ArrayLike) -> Difference:
     if spread == 0:
         g = float(np.sign(estimate)) * np.inf if estimate else 0.0
         return Difference(Interval(estimate, estimate, estimate), p=float(estimate == 0), effect_size=g)
-    test = stats.ttest_ind(a, b, equal_var=False)
+    test: Any = stats.ttest_ind(a, b, equal_var=False)
     low, high = test.confidence_interval(CONFIDENCE)
     unbiased = 1 - 3 / (4 * (len(a) + len(b)) - 9)  # Hedges 1981
     return Difference(Interval(estimate, float(low), float(high)), float(test.pvalue), unbiased * estimate / spread)
@@ -112,7 +113,8 @@ def paired(differences: ArrayLike) -> tuple[Interval, float]:
     found = summarize(values)
     assert found.low is not None
     assert found.high is not None
-    p = float(found.mean == 0) if found.sd == 0 else float(stats.ttest_1samp(values, 0).pvalue)
+    test: Any = None if found.sd == 0 else stats.ttest_1samp(values, 0)
+    p = float(found.mean == 0) if test is None else float(test.pvalue)
     return Interval(found.mean, found.low, found.high), p
 
 
@@ -197,7 +199,8 @@ def resolvable(n: int, sd: float) -> float:
 
 @cache
 def _resolvable_effect(n: int) -> float:
-    return float(optimize.brentq(lambda effect: power(effect, n) - POWER, 1e-6, 100))
+    root: Any = optimize.brentq(lambda effect: power(effect, n) - POWER, 1e-6, 100)
+    return float(root)
 
 
 def seeds_needed(difference: float, sd: float, most: int = 10_000) -> int | None:

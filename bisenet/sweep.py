@@ -139,10 +139,11 @@ class _Stored:
     """What Hydra wrote beside a run."""
 
     def __init__(self, folder: Path) -> None:
-        self.config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-        self.choices = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
-        lines = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
-        self.overrides = dict(line.lstrip("+~").partition("=")[::2] for line in lines)
+        self.config = _load(folder / ".hydra" / "config.yaml")
+        self.choices = _load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
+        lines: list[str] = list(_load(folder / ".hydra" / "overrides.yaml"))
+        split = [line.lstrip("+~").partition("=") for line in lines]
+        self.overrides = {key: value for key, _, value in split}
 
     def value(self, key: str) -> str:
         """An option, several as ``a+b``, or a value of the configuration, as text.
@@ -174,7 +175,7 @@ def job(cfg: DictConfig) -> DictConfig | None:
     folder = config.output_dir()
     if cfg.resume is not None:
         raise ValueError(f"resume: got {cfg.resume!r} in a multirun, accepted: its own command, which resumes its jobs")
-    _require_same(str(folder), OmegaConf.load(folder / ".hydra" / "config.yaml"), cfg)
+    _require_same(str(folder), _load(folder / ".hydra" / "config.yaml"), cfg)
     if (folder / "results.json").exists():
         log.info("%s is finished already", folder.name)
         return None
@@ -191,7 +192,11 @@ def is_job() -> bool:
 def _jobs(folder: Path) -> list[str]:
     """Folders of the jobs that the multirun in a folder has planned; empty where there was none."""
     file = folder / _FILE
-    return list(OmegaConf.load(file).jobs) if file.exists() else []
+    return list(_load(file).jobs) if file.exists() else []
+
+
+def _load(file: Path) -> Any:
+    return OmegaConf.load(file)
 
 
 def _begin(cfg: DictConfig) -> Path:
@@ -216,15 +221,16 @@ def _begin(cfg: DictConfig) -> Path:
         ]
     folder = Path(hydra.sweep.dir)
     shared = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    if (folder / _FILE).exists():
-        _require_same(str(folder), OmegaConf.load(folder / _FILE).config, shared)
+    begun = (folder / _FILE).exists() and any(folder.glob("*/provenance.json"))  # else all failed before they trained
+    if begun:
+        _require_same(str(folder), _load(folder / _FILE).config, shared)
     swept = [
         [f"{key}={value}" for value in override.sweep_string_iterator()]
         for key, override in overrides.items()
         if key not in fixed
     ]
     names = [config.job_dir(",".join(sorted(job))) for job in itertools.product(*swept)]  # as Hydra's override_dirname
-    content = {"jobs": list(dict.fromkeys([*_jobs(folder), *names])), "config": _plain(shared)}
+    content = {"jobs": list(dict.fromkeys([*(_jobs(folder) if begun else []), *names])), "config": _plain(shared)}
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{_FILE}.{os.getpid()}"
     OmegaConf.save(OmegaConf.create(content), draft)

@@ -10,8 +10,10 @@ def main(cfg: DictConfig) -> None:
     """Check the configuration, then do the work."""
     config.check(cfg)
     if sweep.is_job():
-        if (cfg := sweep.job(cfg)) is None:
+        continued = sweep.job(cfg)
+        if continued is None:
             return
+        cfg = continued
     elif cfg.resume is not None:
         cfg = config.resumed(cfg, config.overrides())
     from bisenet import experiment  # heavy: only once the configuration is sound

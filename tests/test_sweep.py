@@ -40,11 +40,11 @@ def fake(folder: Path, *overrides: str, finished: bool = True, **scores: float) 
     return folder
 
 
-def counts(seed: int, shift: float) -> dict[str, np.ndarray]:
+def counts(seed: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
     true = np.full((30, 2), 500)
     tp = generator.binomial(true, np.random.default_rng(0).uniform(0.3, 0.8, (30, 1)) + shift)
-    return {"image_index": np.arange(30), "per_image": np.stack([tp, tp + (true - tp)[:, ::-1], true], axis=1)}
+    return np.arange(30), np.stack([tp, tp + (true - tp)[:, ::-1], true], axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run = fake(tmp_path / f"model={model},seed={seed}", f"model={model}", f"seed={seed}",
                        ss=70 + 100 * shift + noise, mscf=73 + 100 * shift + noise)  # fmt: skip
             for protocol, gain in (("ss", 0), ("mscf", 0.03)):
-                np.savez(run / f"counts_val_{protocol}.npz", **counts(seed, shift + gain))
+                index, per_image = counts(seed, shift + gain)
+                np.savez(run / f"counts_val_{protocol}.npz", image_index=index, per_image=per_image)
     fake(tmp_path / "model=bisenetv1,seed=4", "model=bisenetv1", "seed=4", finished=False)
     planned = [f"model={model},seed={seed}" for model in ("bisenetv1", "bisenetv2") for seed in (1, 2, 3, 4)]
     OmegaConf.save(OmegaConf.create({"jobs": planned, "config": {}}), tmp_path / "sweep.yaml")
@@ -321,6 +322,16 @@ def test_a_failed_job_costs_the_others_nothing(scenes: list[str], tmp_path: Path
     assert changed.returncode == 1
     assert "optimizer.algorithm.lr: 0.005 there, 0.3 now" in changed.stderr
     assert len(list(folder.glob("*/"))) == 4
+
+
+def test_a_mistake_that_stopped_all_jobs_can_be_corrected(tmp_path: Path) -> None:
+    """Nothing was trained, so nothing binds; the second command is as wrong, to be answered at once."""
+    for threshold in ("3", "4"):
+        done = multirun(tmp_path, "seed=1,2", "sweep.name=wrong", f"loss.threshold={threshold}")
+        assert done.returncode == 1
+        assert f"job seed=2 failed: loss.threshold: got {threshold}.0" in done.stdout
+    stored = OmegaConf.load(tmp_path / "outputs" / "sweeps" / "wrong" / "seed=1" / ".hydra" / "config.yaml")
+    assert OmegaConf.select(stored, "loss.threshold") == 4
 
 
 @pytest.mark.slow

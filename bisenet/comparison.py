@@ -91,6 +91,7 @@ def compare(
     """
     split = _common_split(runs)
     missing = dict(missing or {})
+    tricks = frozenset().union(*(_without(run.arm) for run in runs))
     protocols: dict[str, dict[str, _Group]] = {}
     for run in runs:
         for protocol, scores in run.results["protocols"].items():
@@ -99,7 +100,7 @@ def compare(
                 missing[f"{run.name}, {protocol}"] = f"{metric} is not defined"
                 continue
             groups = protocols.setdefault(protocol, {})
-            groups.setdefault(_label(run.arm), _Group(run.arm)).add(run.name, 100 * score, run.seeds, run)
+            groups.setdefault(_label(run.arm, tricks), _Group(run.arm)).add(run.name, 100 * score, run.seeds, run)
     for name, published in (values or {}).items():
         groups = protocols.setdefault(values_protocol, {})
         if name in groups:
@@ -157,10 +158,22 @@ def _select(scores: Any, metric: str, where: str) -> float | None:
     return scores
 
 
-def _label(arm: Mapping[str, str]) -> str:
-    if len(arm) == 1:
-        return next(iter(arm.values()))
-    return ", ".join(f"{key}={value}" for key, value in arm.items()) or "all runs"
+def _label(arm: Mapping[str, str], tricks: frozenset[str]) -> str:
+    """Name of a group; ``tricks`` are all that any of the runs goes without."""
+    named = dict(arm)
+    if _TRICKS in arm:
+        without = _without(arm)
+        only = tricks - without
+        named[_TRICKS] = (
+            "full recipe" if not without
+            else f"without {next(iter(without))}" if len(without) == 1
+            else "no tricks" if not only
+            else f"only {next(iter(only))}" if len(only) == 1
+            else f"without {arm[_TRICKS]}"
+        )  # fmt: skip
+    if len(named) == 1:
+        return next(iter(named.values()))
+    return ", ".join(value if key == _TRICKS else f"{key}={value}" for key, value in named.items()) or "all runs"
 
 
 def _describe(group: _Group) -> dict[str, Any]:
@@ -228,7 +241,7 @@ def _pairs(groups: Mapping[str, _Group], baseline: str | None) -> Iterator[tuple
 
 
 def _without(arm: Mapping[str, str]) -> frozenset[str]:
-    return frozenset(arm[_TRICKS].split("+")) - {"nothing"}
+    return frozenset(arm.get(_TRICKS, "nothing").split("+")) - {"nothing"}
 
 
 def _rest(arm: Mapping[str, str]) -> dict[str, str]:
@@ -315,9 +328,10 @@ def _verdict(entry: Mapping[str, Any], needed_for: float, tests: int) -> str:
             f"{low:+.2f} to {high:+.2f}, p = {entry['p_holm']:.2g}{corrected}"
         )
     else:
-        words = f"{first} and {second}: no evidence of a difference: 95% interval {low:+.2f} to {high:+.2f}"
+        words = f"{first} and {second}: no evidence of a difference"
         if low > 0 or high < 0:
-            words += f", but p = {entry['p_holm']:.2g} when corrected for {tests} comparisons"
+            words += f" when corrected for {tests} comparisons (p = {entry['p_holm']:.2g})"
+        words += f": 95% interval {low:+.2f} to {high:+.2f}"
         needed = entry["seeds_needed"]
         words += f"; {'over 10000' if needed is None else needed} seeds per arm would resolve {needed_for:g}"
     if images := entry["images"]:

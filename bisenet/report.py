@@ -170,24 +170,26 @@ def plot_groups(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: 
         unit: label of the scores.
         out: PNG file.
     """
-    rows = max(len(groups) for groups in protocols.values())
+    names = list(dict.fromkeys(name for groups in protocols.values() for name in groups))
+    labels = [name if len(name) <= 44 else f"{name[:43]}…" for name in names]
     columns = min(len(protocols), 4)
     lines = -(-len(protocols) // columns)
-    size = (2.2 + 3.4 * columns, lines * (1.2 + 0.38 * rows))
+    size = (0.08 * max(map(len, labels)) + 3.4 * columns, lines * (1.2 + 0.38 * len(names)))
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
     for axes in panels[len(protocols) :]:
         axes.set_visible(False)
     for axes, (protocol, groups) in zip(panels, protocols.items(), strict=False):
         _panel(axes, protocol, unit)
-        for at, group in enumerate(groups.values()):
+        for name, group in groups.items():
+            at = names.index(name)
             colour = _COLOURS[at % len(_COLOURS)]
             if group["low"] is not None:
                 axes.plot([group["low"], group["high"]], [at, at], color=colour, linewidth=7, alpha=0.25)
             axes.plot(list(group["runs"].values()), [at] * len(group["runs"]), "o", color=colour, markersize=4)
             axes.plot(group["mean"], at, "|", color="0.15", markersize=16, markeredgewidth=1.6)
-        axes.set_yticks(range(len(groups)), [_listed("", [name], 48) for name in groups], fontsize=8.5)
-        axes.set_ylim(len(groups) - 0.4, -0.6)
+    panels[0].set_yticks(range(len(names)), labels, fontsize=8.5)
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
     _save(figure, out)
 
 

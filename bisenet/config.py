@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -26,6 +27,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
@@ -335,8 +337,6 @@ class TrainerConfig:
     """Keep an exponential moving average of the weights with this decay per step, and evaluate it apart; null: none."""
     compile: bool = False
     """Compile the network with ``torch.compile``: slower first steps, and again for each new size of picture."""
-    deterministic: bool = False
-    """Only deterministic algorithms; an operation that has none is an error."""
     accelerator: str = "auto"
     """``auto``, ``cpu`` or ``gpu``."""
     devices: int = 1
@@ -436,6 +436,19 @@ class StrategyConfig:
 
 
 @dataclass
+class SweepConfig:
+    """A multirun: the jobs that one command starts, in one folder."""
+
+    name: str | None = None
+    """The folder is ``outputs/sweeps/<name>``; null: the experiment, or without one ``name``. Jobs share it, and thus
+    loggers can group them by it."""
+
+    def __post_init__(self) -> None:
+        ok = self.name is None or re.fullmatch(r"\w[\w+.-]*", self.name) is not None
+        _require(ok, "name", self.name, "letters, digits, '_', '+', '-' and '.'")
+
+
+@dataclass
 class TrainConfig:
     """The whole experiment: what ``conf/train.yaml`` composes."""
 
@@ -447,11 +460,18 @@ class TrainConfig:
     """Seed of the initial weights and of dropout; follows ``seed`` unless given."""
     data_seed: int = MISSING
     """Seed of sampling and augmentation; follows ``seed`` unless given."""
+    repeat: int = 1
+    """Number of this repetition of the same seeds; changes nothing but the folder. ``-m repeat=3`` runs 1, 2 and 3."""
+    deterministic: bool = False
+    """Use deterministic algorithms only, so that repetitions agree to the last bit; slower on a GPU, where an operation
+    that has none is an error."""
     resume: str | None = None
     """Run directory to continue. Its own configuration is used."""
     finetune_from: str | None = None
     """Weights to start from: a run directory, a ``.ckpt`` or published weights ``.pth``. The network must be the same
     but for its heads; with another number of classes the classifiers start anew. null: none."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """The multirun that a run belongs to."""
     model: ModelConfig = MISSING
     """Network."""
     data: DataConfig = MISSING
@@ -486,6 +506,7 @@ class TrainConfig:
             len(self.protocol) > 0, "protocol", {}, "at least one protocol, such as protocol=ss or protocol=[ss,mscf]"
         )
         _require_names(self.protocol)
+        _require(self.repeat >= 1, "repeat", self.repeat, "an integer of at least 1")
         if self.scheduler.name != "constant" and self.scheduler.warmup_steps >= self.trainer.max_steps:
             _require(
                 False,
@@ -595,21 +616,61 @@ class CheckDataConfig:
         _require(self.workers is None or self.workers >= 0, "workers", self.workers, "null or an integer of at least 0")
 
 
+@dataclass
+class CompareConfig:
+    """Comparison of groups of runs: what ``conf/compare.yaml`` composes."""
+
+    runs: Any = None  # str | list[str] | None; OmegaConf 2.3 cannot merge a union
+    """Run directories, folders that hold some, and globs of either: one, or a list."""
+    by: Any = None  # str | list[str] | None
+    """What makes groups: keys of the configuration (``loss.aux_weight``) or option groups (``model``), one or a list;
+    null: what was overridden differently in the runs, but for seeds."""
+    values: Any = None  # dict[str, list[float]] | None; Hydra takes a new key into a null only
+    """Name -> published scores in percent, one for each seed: groups without runs."""
+    values_protocol: str = "ss"
+    """Protocol of the published scores."""
+    metric: str = "miou"
+    """Score in ``results.json``, under each protocol, such as ``pixel_accuracy`` or ``classes.car.iou``."""
+    baseline: str | None = None
+    """Group that the others are compared with; null: all pairs, for an ablation those that differ in one trick."""
+    difference: float = 0.5
+    """Difference in percentage points for which the seeds needed are stated."""
+    resamples: int = 2000
+    """Bootstrap samples of the images."""
+
+    def __post_init__(self) -> None:
+        for key in ("runs", "by"):
+            value = getattr(self, key)
+            ok = value is None or isinstance(value, str)
+            ok = ok or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+            _require(ok, key, value, "null, a string or a list of strings")
+        _require(bool(self.runs or self.values), "runs", self.runs, "run directories, or published values")
+        ok = self.values is None or isinstance(self.values, dict)
+        _require(ok, "values", self.values, "null or {name: [scores in percent]}")
+        for name, values in (self.values or {}).items():
+            ok = isinstance(values, list) and len(values) > 0 and all(type(value) in (int, float) for value in values)
+            ok = ok and all(0 <= value <= 100 for value in values) and max(values) > 1  # not fractions
+            _require(ok, f"values.{name}", values, "a list of scores in percent")
+        _require(0 < self.difference < 100, "difference", self.difference, "percentage points in (0, 100)")
+        _require(self.resamples >= 100, "resamples", self.resamples, "an integer of at least 100")
+
+
 _SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "check_data": CheckDataConfig,
+    "compare": CompareConfig,
 }
+
+HARMLESS = ("data.root", "data.workers", "trainer.accelerator", "trainer.progress")
+"""Keys that may differ when a run is continued: they do not change its result."""
 
 
 def register() -> None:
-    """Give Hydra the schemas, the two resolvers that name a run's folders, and the one that names its metric."""
+    """Give Hydra the schemas."""
     for name, schema in _SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-    OmegaConf.register_new_resolver("run_dir", _run_dir, use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("config_subdir", _config_subdir, use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("validation_miou", _validation_miou, replace=True)
 
 
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -662,14 +723,23 @@ def _run_dir(resume: str | None, name: str) -> str:
     return str(new)
 
 
-def _config_subdir(resume: str | None, run_dir: str) -> str:
+def _config_subdir(resume: str | None, run_dir: str, mode: RunMode) -> str | None:
     """Hydra's folder within the run. Evaluated before Hydra writes there: what a run has recorded stays as it was."""
-    if resume is not None:
-        return f".hydra/resumed_{datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}"
+    folder = Path(run_dir)
     if (rank := os.environ.get("RANK", "0")) != "0":  # torchrun, started by the user: the other processes of this run
         return f".hydra/rank_{rank}"
-    if (Path(run_dir) / ".hydra" / "config.yaml").exists():
-        raise ValueError(f"{run_dir} holds a run already; resume={run_dir} continues it, another directory starts anew")
+    if mode == RunMode.MULTIRUN:  # the folder says which job it is: the same command continues it
+        if (folder / "results.json").exists():
+            return None
+        continued = (folder / "provenance.json").exists()  # written once training can begin
+    else:
+        continued = resume is not None
+        if not continued and (folder / ".hydra" / "config.yaml").exists():
+            raise ValueError(
+                f"{run_dir} holds a run already; resume={run_dir} continues it, another directory starts anew"
+            )
+    if continued:
+        return f".hydra/resumed_{datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}"
     return ".hydra"
 
 
@@ -725,6 +795,21 @@ def _validation_miou(*, _root_: DictConfig) -> str:
 def miou_key(protocols: Mapping[str, ProtocolConfig]) -> str:
     """Name of the validation score: that of the first protocol is part of it."""
     return f"val/{next(iter(protocols))}/miou"
+
+
+def job_dir(override_dirname: str) -> str:
+    """Folder of a job within its sweep, from Hydra's ``key=value,key=[a,b]``: without brackets, which globs read."""
+    name = re.sub(r"\[([^]]*)\]", lambda found: found[1].replace(",", "+") or "nothing", override_dirname)
+    name = re.sub(r"[^\w=.,+-]", "-", name)
+    if len(name) > 200:  # file systems end at 255
+        name = f"{name[:190]}-{sha256(name.encode()).hexdigest()[:8]}"
+    return name or "run"
+
+
+# At import, since the processes of a launcher import this module but do not call the script's entry.
+for _name, _resolver in {"run_dir": _run_dir, "config_subdir": _config_subdir, "job_dir": job_dir}.items():
+    OmegaConf.register_new_resolver(_name, _resolver, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("validation_miou", _validation_miou, replace=True)
 
 
 def check(cfg: DictConfig) -> None:
@@ -845,11 +930,10 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         ValueError: no run there, or an override that could change the result.
     """
     file = Path(_run_dir(cfg.resume, cfg.name)) / ".hydra" / "config.yaml"
-    harmless = ("resume", "data.root", "data.workers", "trainer.accelerator", "trainer.progress")
     keys = [override.lstrip("+~").split("=", 1)[0] for override in overrides]
-    refused = sorted(set(keys) - set(harmless))
+    refused = sorted(set(keys) - {"resume", *HARMLESS})
     if refused:
-        accepted = ", ".join(harmless[1:])
+        accepted = ", ".join(HARMLESS)
         raise ValueError(f"resume: {', '.join(refused)} may not change; accepted beside resume: {accepted}")
     stored = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(file))
     assert isinstance(stored, DictConfig)

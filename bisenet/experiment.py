@@ -113,7 +113,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     if typed.trainer.compile:
         module.segmenter.network.compile()
     origin = provenance(typed)
-    if not resumed and rank_zero_only.rank == 0:
+    if not (run_dir / "provenance.json").exists() and rank_zero_only.rank == 0:
         report.write_json(run_dir / "provenance.json", origin)
     best = ModelCheckpoint(
         run_dir / "checkpoints", filename="best", monitor=module.miou_key, mode="max", enable_version_counter=False
@@ -134,7 +134,6 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         val_check_interval=min(typed.trainer.val_interval, typed.trainer.max_steps) * typed.trainer.accumulate,
         check_val_every_n_epoch=None,
         gradient_clip_val=typed.trainer.gradient_clip,
-        deterministic=typed.trainer.deterministic,
         log_every_n_steps=typed.trainer.log_interval,
         accelerator=typed.trainer.accelerator,
         devices=typed.trainer.devices,
@@ -142,6 +141,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         **_strategy(typed),
         **_precision(typed),
         use_distributed_sampler=False,  # ours already is
+        deterministic=typed.deterministic,
         num_sanity_val_steps=0 if continued else 2,
         logger=[csv_logger(run_dir, resumed_step), *loggers],
         callbacks=[

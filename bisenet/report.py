@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,8 +18,10 @@ from PIL import Image
 from rich.table import Table
 
 from bisenet.classes import ClassTable
-from bisenet.metrics import SegmentationScores
 from bisenet.visualize import prediction_grid
+
+if TYPE_CHECKING:
+    from bisenet.metrics import SegmentationScores  # imports torch, which comparing runs does not need
 
 Series = tuple[np.ndarray, np.ndarray]  # steps and values, equally long, only where logged and finite
 
@@ -245,6 +247,37 @@ def plot_predictions(
     _save(prediction_grid(images, truths, predictions, classes.palette, classes.names), out, photographs=True)
 
 
+def plot_groups(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: str, out: Path) -> None:
+    """Draw every run as a dot, and mean and 95 % interval of each group as a bar, one panel for each protocol.
+
+    Args:
+        protocols: name -> group -> ``runs`` (name -> score), ``mean``, and ``low`` and ``high`` or None.
+        unit: label of the scores.
+        out: PNG file.
+    """
+    names = list(dict.fromkeys(name for groups in protocols.values() for name in groups))
+    labels = [name if len(name) <= 44 else f"{name[:43]}…" for name in names]
+    columns = min(len(protocols), 4)
+    lines = -(-len(protocols) // columns)
+    size = (0.08 * max(map(len, labels)) + 3.4 * columns, lines * (1.2 + 0.38 * len(names)))
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    for axes in panels[len(protocols) :]:
+        axes.set_visible(False)
+    for axes, (protocol, groups) in zip(panels, protocols.items(), strict=False):
+        _panel(axes, protocol, unit)
+        for name, group in groups.items():
+            at = names.index(name)
+            colour = _COLOURS[at % len(_COLOURS)]
+            if group["low"] is not None:
+                axes.plot([group["low"], group["high"]], [at, at], color=colour, linewidth=7, alpha=0.25)
+            axes.plot(list(group["runs"].values()), [at] * len(group["runs"]), "o", color=colour, markersize=4)
+            axes.plot(group["mean"], at, "|", color="0.15", markersize=16, markeredgewidth=1.6)
+    panels[0].set_yticks(range(len(names)), labels, fontsize=8.5)
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    _save(figure, out)
+
+
 def _panel(axes: Axes, title: str, abscissa: str = "step") -> None:
     axes.set_title(title, fontsize=11, loc="left")
     axes.grid(color="0.9", linewidth=0.8)
@@ -428,7 +461,7 @@ def write_text(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-def write_counts(path: Path, scores: SegmentationScores) -> None:
+def write_counts(path: Path, scores: "SegmentationScores") -> None:
     """Write the counts behind the scores as a NumPy archive, so that runs can be compared image by image.
 
     It holds ``image_index`` (n,), ``per_image`` (n, 3, C): true positives, predicted and true pixels, and ``confusion``

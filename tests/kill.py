@@ -8,13 +8,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Kill(Callback):
-    """KILL_AT=<hook>:<step>; without it nothing happens, so that the same configuration can be resumed."""
+    """KILL_AT=<hook>:<step>, KILL_RUN=<part of the run's folder>; without the first nothing happens, so that the same
+    configuration can be resumed.
+    """
 
     def __init__(self) -> None:
         self.hook, _, self.step = os.environ.get("KILL_AT", "").partition(":")
 
     def _maybe(self, hook: str, trainer: Trainer) -> None:
-        if hook == self.hook and trainer.global_step == int(self.step):
+        here = os.environ.get("KILL_RUN", "") in str(trainer.default_root_dir)
+        if here and hook == self.hook and trainer.global_step == int(self.step):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:

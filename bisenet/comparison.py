@@ -1,0 +1,469 @@
+"""Groups of runs side by side: what each scored, how far they differ, and whether that means anything.
+
+:func:`compare` makes plain data of it, which :func:`show` and :func:`write` put before people. Scores are percentages,
+differences percentage points.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from bisenet import report, statistics
+from bisenet.statistics import ALPHA, CONFIDENCE, POWER, Interval
+
+_TRICKS = "without"  # the option group that switches tricks off
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    name: str
+    """Unique among those that are compared."""
+    folder: Path
+    arm: dict[str, str]
+    """Key -> value of what groups the runs."""
+    seeds: tuple[int, int]
+    """Of initialisation and data. Runs of a group with the same seeds are repetitions."""
+    results: dict[str, Any]
+    """What ``results.json`` holds."""
+
+
+@dataclass
+class _Group:
+    """Runs of one arm under one protocol; published scores have no runs behind them."""
+
+    arm: dict[str, str]
+    scores: dict[str, float] = field(default_factory=dict)
+    by_seed: dict[Any, list[float]] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+
+    def add(self, name: str, score: float, seeds: Any, run: Run | None = None) -> None:
+        self.scores[name] = score
+        self.by_seed.setdefault(seeds, []).append(score)
+        self.runs += [] if run is None else [run]
+
+    @property
+    def values(self) -> list[float]:
+        """One score for each seed; repetitions of a seed are no further evidence and are averaged."""
+        return [float(np.mean(scores)) for scores in self.by_seed.values()]
+
+
+def compare(
+    runs: Sequence[Run],
+    *,
+    missing: Mapping[str, str] | None = None,
+    values: Mapping[str, Sequence[float]] | None = None,
+    values_protocol: str = "ss",
+    metric: str = "miou",
+    baseline: str | None = None,
+    difference: float = 0.5,
+    resamples: int = 2000,
+) -> dict[str, Any]:
+    """Group runs by arm and compare the groups under every protocol, and the protocols within the groups.
+
+    Args:
+        runs: finished runs.
+        missing: run -> what is wrong with it, to be reported.
+        values: group -> published scores in percent, one for each seed.
+        values_protocol: protocol of the published scores.
+        metric: key of a protocol's scores in ``results.json``; with dots into what it holds.
+        baseline: group that the others are compared with; None: all pairs, or for ablations of tricks all pairs that
+            differ in a single trick.
+        difference: for which the seeds needed are stated.
+        resamples: bootstrap samples of the images.
+
+    Returns:
+        Plain data, ready for JSON; the same for the same runs.
+
+    Raises:
+        ValueError: runs that cannot be compared, or an unknown metric or baseline.
+    """
+    split = _common_split(runs)
+    missing = dict(missing or {})
+    tricks = frozenset().union(*(_without(run.arm) for run in runs))
+    protocols: dict[str, dict[str, _Group]] = {}
+    for run in runs:
+        for protocol, scores in run.results["protocols"].items():
+            score = _select(scores, metric, f"{run.name}, {protocol}")
+            if score is None:
+                missing[f"{run.name}, {protocol}"] = f"{metric} is not defined"
+                continue
+            groups = protocols.setdefault(protocol, {})
+            groups.setdefault(_label(run.arm, tricks), _Group(run.arm)).add(run.name, 100 * score, run.seeds, run)
+    for name, published in (values or {}).items():
+        groups = protocols.setdefault(values_protocol, {})
+        if name in groups:
+            raise ValueError(f"values: got {name!r}, accepted: a name that no group of runs has")
+        for seed, score in enumerate(published, 1):
+            groups.setdefault(name, _Group({"values": name})).add(str(seed), float(score), seed)
+
+    known = list(dict.fromkeys(name for groups in protocols.values() for name in groups))
+    if baseline is not None and baseline not in known:
+        raise ValueError(f"baseline: got {baseline!r}, accepted: {', '.join(known)}")
+    counts = _Counts(split, enabled=metric == "miou", resamples=resamples)
+    return {
+        "metric": metric,
+        "split": split,
+        "confidence": CONFIDENCE,
+        "difference": difference,
+        "missing": missing,
+        "protocols": {
+            protocol: {
+                "groups": {name: _describe(group) for name, group in groups.items()},
+                "comparisons": _comparisons(groups, baseline, difference, counts.between_groups(protocol)),
+            }
+            for protocol, groups in protocols.items()
+        },
+        "within_runs": list(_between_protocols(protocols, counts)),
+    }
+
+
+def _common_split(runs: Sequence[Run]) -> str | None:
+    """The split that all runs report; their protocols of the same name must be the same, too."""
+    splits: dict[str, str] = {}
+    for run in runs:
+        splits.setdefault(run.results["split"], run.name)
+    if len(splits) > 1:
+        named = ", ".join(f"{split} ({name})" for split, name in splits.items())
+        raise ValueError(f"runs: got scores on several splits, accepted: one; {named}")
+    definitions: dict[str, tuple[str, Any]] = {}
+    for run in runs:
+        for protocol, scores in run.results["protocols"].items():
+            first, definition = definitions.setdefault(protocol, (run.name, scores.get("definition")))
+            if definition != scores.get("definition"):
+                raise ValueError(
+                    f"protocol {protocol}: {first} and {run.name} define it differently; evaluate one again"
+                )
+    return next(iter(splits), None)
+
+
+def _select(scores: Any, metric: str, where: str) -> float | None:
+    for key in metric.split("."):
+        if not isinstance(scores, dict) or key not in scores:
+            raise ValueError(f"metric: got {metric!r}, which {where} does not have")
+        scores = scores[key]
+    if scores is not None and not isinstance(scores, int | float):
+        raise ValueError(f"metric: got {metric!r}, accepted: the key of a single number")
+    return scores
+
+
+def _label(arm: Mapping[str, str], tricks: frozenset[str]) -> str:
+    """Name of a group; ``tricks`` are all that any of the runs goes without."""
+    named = dict(arm)
+    if _TRICKS in arm:
+        without = _without(arm)
+        only = tricks - without
+        named[_TRICKS] = (
+            "full recipe" if not without
+            else f"without {next(iter(without))}" if len(without) == 1
+            else "no tricks" if not only
+            else f"only {next(iter(only))}" if len(only) == 1
+            else f"without {arm[_TRICKS]}"
+        )  # fmt: skip
+    if len(named) == 1:
+        return next(iter(named.values()))
+    return ", ".join(value if key == _TRICKS else f"{key}={value}" for key, value in named.items()) or "all runs"
+
+
+def _describe(group: _Group) -> dict[str, Any]:
+    variance = statistics.split_variance(list(group.by_seed.values()))
+    return {
+        "runs": group.scores,
+        **asdict(statistics.summarize(group.values)),
+        "variance": None if variance is None else asdict(variance),
+    }
+
+
+# ---------------------------------------------------------------- differences
+
+
+def _comparisons(
+    groups: Mapping[str, _Group],
+    baseline: str | None,
+    needed_for: float,
+    over_images: "Callable[[_Group, _Group], Interval | None]",
+) -> list[dict[str, Any]]:
+    found = []
+    for first, second, trick in _pairs(groups, baseline):
+        a, b = groups[first].values, groups[second].values
+        entry = {"first": first, "second": second, **trick, "n": [len(a), len(b)]}
+        if min(len(a), len(b)) > 1:
+            test = statistics.welch(a, b)
+            spread = statistics.pooled_sd(*(float(np.std(values, ddof=1)) for values in (a, b)))
+            entry |= _interval(test.difference) | {"p": test.p, "effect_size": _finite(test.effect_size)}
+            entry |= {"seeds_needed": statistics.seeds_needed(needed_for, spread)}
+        else:
+            entry |= {"difference": float(np.mean(a) - np.mean(b)), "low": None, "high": None, "p": None}
+            entry |= {"effect_size": None, "seeds_needed": None}
+        images = over_images(groups[first], groups[second])
+        found.append(entry | {"images": None if images is None else _interval(images)})
+    tested = [entry for entry in found if entry["p"] is not None]
+    corrected = statistics.holm([entry["p"] for entry in tested])
+    for entry in found:
+        entry["p_holm"] = None
+    for entry, p in zip(tested, corrected, strict=True):
+        entry["p_holm"] = p
+    for entry in found:
+        entry["verdict"] = _verdict(entry, needed_for, len(tested))
+    if any("trick" in entry for entry in found):
+        found.sort(key=lambda entry: -entry["difference"])  # a ranking
+    return found
+
+
+def _pairs(groups: Mapping[str, _Group], baseline: str | None) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """Names of two groups, and what the pair says about a trick: the first group has it."""
+    if baseline is not None:
+        yield from ((name, baseline, {}) for name in groups if name != baseline and baseline in groups)
+        return
+    without = {name: _without(group.arm) for name, group in groups.items() if _TRICKS in group.arm}
+    every = frozenset().union(*without.values())
+    for first, second in combinations(groups, 2):
+        if first not in without or second not in without:
+            yield first, second, {}
+        elif _rest(groups[first].arm) == _rest(groups[second].arm):
+            with_it, without_it = sorted((first, second), key=lambda name: len(without[name]))
+            switched = without[without_it] - without[with_it]
+            if len(switched) == 1 and without[with_it] <= without[without_it]:
+                added, removed = without[without_it] == every, not without[with_it]
+                context = "leave one out" if removed else "add one in" if added else "in between"
+                yield with_it, without_it, {"trick": next(iter(switched)), "context": context}
+
+
+def _without(arm: Mapping[str, str]) -> frozenset[str]:
+    return frozenset(arm.get(_TRICKS, "nothing").split("+")) - {"nothing"}
+
+
+def _rest(arm: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in arm.items() if key != _TRICKS}
+
+
+def _between_protocols(protocols: Mapping[str, Mapping[str, _Group]], counts: "_Counts") -> Iterator[dict[str, Any]]:
+    """What evaluation alone changes: every protocol against the first one, run by run."""
+    if len(protocols) < 2:
+        return
+    first, *others = protocols
+    for protocol in others:
+        for name, group in protocols[protocol].items():
+            base = protocols[first].get(name)
+            shared = [run for run in group.runs if base is not None and run.name in base.scores]
+            if base is None or not shared:
+                continue
+            by_seed: dict[Any, list[float]] = {}
+            for run in shared:
+                by_seed.setdefault(run.seeds, []).append(group.scores[run.name] - base.scores[run.name])
+            values = [float(np.mean(gains)) for gains in by_seed.values()]
+            entry = {"group": name, "first": protocol, "second": first, "n": len(values)}
+            if len(values) > 1:
+                interval, p = statistics.paired(values)
+                entry |= _interval(interval) | {"p": p}
+            else:
+                entry |= {"difference": values[0], "low": None, "high": None, "p": None}
+            images = counts.interval([(run, protocol) for run in shared], [(run, first) for run in shared])
+            yield entry | {"images": None if images is None else _interval(images)}
+
+
+class _Counts:
+    """Per-image counts of the runs, read once each."""
+
+    def __init__(self, split: str | None, enabled: bool, resamples: int) -> None:
+        self.split, self.enabled, self.resamples = split, enabled, resamples
+        self._read: dict[Path, tuple[NDArray[np.int64], NDArray[np.int64]] | None] = {}
+
+    def between_groups(self, protocol: str) -> "Callable[[_Group, _Group], Interval | None]":
+        return lambda a, b: self.interval([(run, protocol) for run in a.runs], [(run, protocol) for run in b.runs])
+
+    def interval(self, first: Sequence[tuple[Run, str]], second: Sequence[tuple[Run, str]]) -> Interval | None:
+        """In percentage points; None where counts are missing or the images differ."""
+        read = [self._of(run, protocol) for run, protocol in (*first, *second)] if self.enabled else []
+        present = [counts for counts in read if counts is not None]
+        if not first or not second or len(present) < len(first) + len(second):
+            return None
+        index, example = present[0]
+        same = all(np.array_equal(i, index) and c.shape == example.shape for i, c in present)
+        if not same or len(index) < 2:
+            return None
+        counts = [c for _, c in present]
+        found = statistics.bootstrap_images(counts[: len(first)], counts[len(first) :], resamples=self.resamples)
+        return Interval(100 * found.estimate, 100 * found.low, 100 * found.high)
+
+    def _of(self, run: Run, protocol: str) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        file = run.folder / f"counts_{self.split}_{protocol}.npz"
+        if file not in self._read:
+            self._read[file] = None
+            if file.exists():
+                with np.load(file) as stored:
+                    self._read[file] = stored["image_index"], stored["per_image"]
+        return self._read[file]
+
+
+def _interval(interval: Interval) -> dict[str, float]:
+    return {"difference": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _verdict(entry: Mapping[str, Any], needed_for: float, tests: int) -> str:
+    """In plain words."""
+    first, second, low, high = (entry[key] for key in ("first", "second", "low", "high"))
+    if low is None:
+        words = f"{first} and {second}: nothing can be said about seeds with one run of either"
+    elif entry["p_holm"] < ALPHA:
+        better, worse = (first, second) if entry["difference"] > 0 else (second, first)
+        corrected = f", corrected for {tests} comparisons" if tests > 1 else ""
+        words = (
+            f"{better} is better than {worse} by {abs(entry['difference']):.2f}: 95% interval of {first} - {second} "
+            f"{low:+.2f} to {high:+.2f}, p = {entry['p_holm']:.2g}{corrected}"
+        )
+    else:
+        words = f"{first} and {second}: no evidence of a difference"
+        if low > 0 or high < 0:
+            words += f" when corrected for {tests} comparisons (p = {entry['p_holm']:.2g})"
+        words += f": 95% interval {low:+.2f} to {high:+.2f}"
+        needed = entry["seeds_needed"]
+        words += f"; {'over 10000' if needed is None else needed} seeds per arm would resolve {needed_for:g}"
+    if images := entry["images"]:
+        words += f". The same networks on other such images: {images['low']:+.2f} to {images['high']:+.2f}"
+    return words
+
+
+# ---------------------------------------------------------------- for people
+
+
+@dataclass(frozen=True)
+class _Section:
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+def show(summary: Mapping[str, Any]) -> None:
+    """Print the tables."""
+    console = Console()
+    for section in _sections(summary):
+        if section.rows:
+            table = Table(title=section.title, title_justify="left")
+            for number, column in enumerate(section.columns):
+                table.add_column(column, justify="left" if number == 0 else "right")
+            for row in section.rows:
+                table.add_row(*row)
+            console.print(table)
+        for note in section.notes:
+            console.print(f"* {note}", markup=False, highlight=False)
+
+
+def write(summary: Mapping[str, Any], folder: Path) -> None:
+    """Write ``summary.json``, ``summary.md`` and ``summary.png``; they are made of the runs and may be made again."""
+    parts = []
+    for section in _sections(summary):
+        parts.append(f"## {section.title}\n")
+        if section.rows:
+            lines = [section.columns, ["---", *["---:"] * (len(section.columns) - 1)], *section.rows]
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+        parts.append("\n".join(f"* {note}" for note in section.notes) + "\n" if section.notes else "")
+    _replace(folder / "summary.md", "\n".join(part for part in parts if part))
+    _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    groups = {name: content["groups"] for name, content in summary["protocols"].items()}
+    if groups:
+        report.plot_groups(groups, f"{summary['metric']}, %", folder / "summary.png")
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _sections(summary: Mapping[str, Any]) -> Iterator[_Section]:
+    where = f"{summary['metric']} in %" + (f" on {summary['split']}" if summary["split"] else "")
+    protocols = summary["protocols"]
+    runs = {
+        (group, run): [content["groups"].get(group, {"runs": {}})["runs"].get(run) for content in protocols.values()]
+        for content in protocols.values()
+        for group, described in content["groups"].items()
+        for run in described["runs"]
+    }
+    rows = [[run, group, *map(_number, scores)] for (group, run), scores in runs.items()]
+    yield _Section(f"Runs: {where}", ["run", "group", *protocols], rows, _missing(summary["missing"]))
+    for protocol, content in protocols.items():
+        groups = content["groups"]
+        columns = ["group", "n", "mean", "sd", "95% interval", "min", "max", f"resolvable at {POWER:.0%} power"]
+        rows = [
+            [name, str(g["n"]), _number(g["mean"]), _number(g["sd"]), _range(g), _number(g["min"]), _number(g["max"]),
+             _number(g["resolvable"])]
+            for name, g in groups.items()
+        ]  # fmt: skip
+        notes = [note for name, group in groups.items() for note in _variance(name, group["variance"])]
+        yield _Section(f"Groups, {protocol}", columns, rows, notes)
+        yield from _differences(protocol, content["comparisons"], summary["difference"])
+    if within := summary["within_runs"]:
+        columns = ["protocols", "group", "runs", "difference", "95% interval", "p", "over images"]
+        rows = [
+            [f"{e['first']} - {e['second']}", e["group"], str(e["n"]), _signed(e["difference"]), _range(e), _p(e["p"]),
+             _range(e["images"])]
+            for e in sorted(within, key=lambda e: -e["difference"])
+        ]  # fmt: skip
+        yield _Section("Evaluation alone: protocols within the same runs", columns, rows)
+
+
+def _differences(protocol: str, comparisons: Sequence[Mapping[str, Any]], needed_for: float) -> Iterator[_Section]:
+    if not comparisons:
+        return
+    ranking = any("trick" in entry for entry in comparisons)
+    columns = ["difference", "95% interval", "p", "p (Holm)", "effect size", f"seeds for {needed_for:g}", "over images"]
+    rows = []
+    for entry in comparisons:
+        head = [f"{entry['first']} - {entry['second']}"]
+        if ranking:
+            head = [entry.get("trick", head[0]), entry.get("context", "")]
+        # Without an interval there are no seeds to speak of; with one, None means more than anyone has.
+        needed = "-" if entry["low"] is None else str(entry["seeds_needed"] or "> 10000")
+        rows.append(
+            [*head, _signed(entry["difference"]), _range(entry), _p(entry["p"]), _p(entry["p_holm"]),
+             _signed(entry["effect_size"]), needed, _range(entry["images"])]
+        )  # fmt: skip
+    title = f"What each trick is worth, {protocol}" if ranking else f"Differences, {protocol}"
+    head = ["trick", "context"] if ranking else ["groups"]
+    yield _Section(title, [*head, *columns], rows, [entry["verdict"] for entry in comparisons])
+
+
+def _missing(missing: Mapping[str, str]) -> list[str]:
+    return [f"missing: {name}: {reason}" for name, reason in missing.items()]
+
+
+def _variance(name: str, variance: Mapping[str, float] | None) -> list[str]:
+    if variance is None:
+        return []
+    seed, repeat = variance["seed_sd"], variance["repeat_sd"]
+    return [
+        f"{name}: sd of seeds {seed:.3f}, of repetitions of a seed {repeat:.3f} (seeds matter: p = {variance['p']:.2g})"
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _range(entry: Mapping[str, Any] | None) -> str:
+    return "-" if entry is None or entry["low"] is None else f"{entry['low']:.2f} to {entry['high']:.2f}"

@@ -1,0 +1,187 @@
+"""Statistics: known answers, agreement with SciPy's own power simulation, coverage and false positives."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from bisenet import statistics
+from bisenet.statistics import Interval
+
+REFERENCE = [74.28, 72.96, 73.73, 74.39, 73.77]  # BiSeNetV2, five runs of the reference
+
+
+def test_the_five_runs_of_the_reference() -> None:
+    found = statistics.summarize(REFERENCE)
+    assert (found.n, found.min, found.max) == (5, 72.96, 74.39)
+    assert found.mean == pytest.approx(73.83, abs=0.005)
+    assert found.sd == pytest.approx(0.57, abs=0.005)
+    assert found.low is not None
+    assert found.high is not None
+    assert (found.high - found.low) / 2 == pytest.approx(0.70, abs=0.005)
+    assert found.resolvable == pytest.approx(1.148, abs=0.001)  # statsmodels: 2.0244 deviations at n = 5
+
+
+def test_one_score_has_no_spread() -> None:
+    found = statistics.summarize([3.5])
+    assert (found.n, found.mean, found.sd, found.low, found.resolvable) == (1, 3.5, None, None, None)
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")], [1.0, float("inf")], [[1.0, 2.0]]])
+def test_what_is_no_group_of_scores_is_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="values: got"):
+        statistics.summarize(values)
+
+
+@pytest.mark.parametrize(
+    ("effect", "n"),
+    [(0.2, 394), (0.5, 64), (0.8, 26), (1.0, 17), (1.4, 10), (3.0, 4)],  # statsmodels' TTestIndPower, rounded up
+)
+def test_seeds_needed_are_those_of_the_tables(effect: float, n: int) -> None:
+    assert statistics.seeds_needed(effect, sd=1.0) == n
+    assert statistics.power(effect, n) >= 0.8 > statistics.power(effect, n - 1)
+
+
+def test_power_agrees_with_scipys_simulation() -> None:
+    def shifted(size: tuple[int, ...] | int) -> np.ndarray:
+        return generator.normal(1.4, 1.0, size)
+
+    generator = np.random.default_rng(0)
+    simulated = stats.power(
+        stats.ttest_ind, (shifted, generator.standard_normal), (10, 10), significance=0.05, n_resamples=20_000
+    )
+    assert statistics.power(1.4, 10) == pytest.approx(float(simulated.power), abs=0.01)
+
+
+@given(st.integers(2, 60), st.floats(0.01, 10))
+def test_what_n_resolves_needs_n_seeds(n: int, sd: float) -> None:
+    difference = statistics.resolvable(n, sd)
+    assert statistics.power(difference / sd, n) == pytest.approx(0.8, abs=1e-6)
+    assert statistics.seeds_needed(difference * 1.0001, sd) == n
+
+
+def test_seeds_needed_at_the_ends() -> None:
+    assert statistics.seeds_needed(1.0, sd=0.0) == 2
+    assert statistics.seeds_needed(1e-4, sd=1.0) is None
+    with pytest.raises(ValueError, match="difference: got 0"):
+        statistics.seeds_needed(0, sd=1.0)
+
+
+def test_interval_covers_and_welch_is_wrong_as_often_as_it_says() -> None:
+    """Groups of four and eight, unequal spread and the same mean, 1000 times: 95 % and 5 %, within 3 sigma."""
+    generator = np.random.default_rng(1)
+    covered, positive, both, times = 0, 0, 0, 1000
+    for _ in range(times):
+        a, b = generator.normal(70, 0.6, 4), generator.normal(70, 0.2, 8)
+        summary, found = statistics.summarize(a), statistics.welch(a, b)
+        assert summary.low is not None
+        assert summary.high is not None
+        covered += summary.low <= 70 <= summary.high
+        positive += found.p < 0.05
+        both += (found.p < 0.05) == found.difference.excludes_zero
+    assert abs(covered / times - 0.95) < 0.0207
+    assert abs(positive / times - 0.05) < 0.0207
+    assert both == times  # interval and p say the same
+
+
+def test_welch_finds_what_is_there() -> None:
+    found = statistics.welch([75.1, 75.3, 74.9, 75.2], [73.0, 73.2, 72.8, 73.1])
+    assert found.difference.estimate == pytest.approx(2.1)
+    assert found.p < 1e-4
+    # d = 2.1 / 0.170783; Hedges' factor 1 - 3 / (4 * 8 - 9)
+    assert found.effect_size == pytest.approx(2.1 / 0.170783 * (1 - 3 / 23), rel=1e-4)
+
+
+def test_groups_without_a_spread() -> None:
+    same, other = statistics.welch([1, 1], [1, 1]), statistics.welch([2, 2], [1, 1, 1])
+    assert (same.difference, same.p, same.effect_size) == (Interval(0, 0, 0), 1, 0)
+    assert (other.difference, other.p, other.effect_size) == (Interval(1, 1, 1), 0, float("inf"))
+
+
+def test_holm_known_answer() -> None:
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # R: p.adjust
+    assert statistics.holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_lies_between_nothing_and_bonferroni(p: list[float]) -> None:
+    adjusted = np.array(statistics.holm(p))
+    assert (adjusted >= p).all()
+    assert (adjusted <= np.minimum(len(p) * np.array(p), 1) + 1e-12).all()
+
+
+def test_holm_keeps_the_familywise_rate() -> None:
+    generator = np.random.default_rng(2)
+    wrong = sum(min(statistics.holm(generator.uniform(size=6).tolist())) < 0.05 for _ in range(4000))
+    assert abs(wrong / 4000 - 0.05) < 0.0105
+
+
+def counts(generator: np.random.Generator, accuracy: np.ndarray, pixels: int = 400, classes: int = 3) -> np.ndarray:
+    """Images whose pixels are right with a probability of their own: (n, 3, C)."""
+    n = len(accuracy)
+    true = np.full((n, classes), pixels)
+    tp = generator.binomial(true, accuracy[:, None])
+    predicted = tp + np.roll(true - tp, 1, axis=1)  # what is wrong goes to the next class
+    return np.stack([tp, predicted, true], axis=1)
+
+
+def test_the_bootstrap_over_images_is_paired() -> None:
+    """Images differ far more than the networks do; only a paired comparison can see the difference."""
+    generator = np.random.default_rng(3)
+    hard = generator.uniform(0.3, 0.9, 60)
+    better, worse = ([counts(generator, hard + shift) for _ in range(2)] for shift in (0.03, 0.0))
+    found = statistics.bootstrap_images(better, worse, resamples=500)
+    assert found.excludes_zero
+    assert found.low < found.estimate < found.high
+    total = [float(np.mean([statistics._miou(run.sum(0).astype(float)) for run in g])) for g in (better, worse)]
+    assert found.estimate == pytest.approx(total[0] - total[1])
+    assert statistics.bootstrap_images(better, worse, resamples=500) == found  # repeatable
+    assert statistics.bootstrap_images(better, better, resamples=100) == Interval(0, 0, 0)
+
+
+def test_the_bootstrap_covers() -> None:
+    generator = np.random.default_rng(4)
+    covered = 0
+    for repetition in range(150):
+        hard = generator.uniform(0.3, 0.9, 40)
+        a, b = counts(generator, hard), counts(generator, hard)
+        found = statistics.bootstrap_images([a], [b], resamples=300, seed=repetition)
+        covered += found.low <= 0 <= found.high
+    assert 0.88 <= covered / 150 <= 0.99
+
+
+def test_classes_that_do_not_occur_do_not_count() -> None:
+    run = np.zeros((4, 3, 5), dtype=np.int64)
+    run[:, :, 0] = 10, 10, 10
+    other = run.copy()
+    other[:, 0, 0] = 5
+    assert statistics.bootstrap_images([run], [other], resamples=50).estimate == pytest.approx(1 - 5 / 15)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_runs_over_different_images_are_refused(n: int) -> None:
+    with pytest.raises(ValueError, match="same images"):
+        statistics.bootstrap_images([np.ones((n, 3, 2), np.int64)], [np.ones((n + 1, 3, 2), np.int64)])
+
+
+def test_variance_is_split_into_seed_and_repeat() -> None:
+    generator = np.random.default_rng(5)
+    seeds = generator.normal(0, 0.5, 400)
+    found = statistics.split_variance([seed + generator.normal(0, 0.2, 3) for seed in seeds])
+    assert found is not None
+    assert found.seed_sd == pytest.approx(0.5, abs=0.04)
+    assert found.repeat_sd == pytest.approx(0.2, abs=0.015)
+    assert found.p < 1e-6
+
+
+def test_variance_split_known_answers() -> None:
+    # within = (0.02 + 0.02) / 2 = 0.02, between = 2 * 2 * 0.5^2 / 1 = 1, (1 - 0.02) / 2 = 0.49
+    found = statistics.split_variance([[1.1, 0.9], [2.1, 1.9]])
+    assert found is not None
+    assert (found.seed_sd, found.repeat_sd) == pytest.approx((0.7, 0.02**0.5))
+    deterministic = statistics.split_variance([[1, 1], [2, 2]])
+    assert deterministic is not None
+    assert (deterministic.repeat_sd, deterministic.p) == (0, 0)
+    assert statistics.split_variance([[1.0, 2.0]]) is None
+    assert statistics.split_variance([[1.0], [2.0]]) is None

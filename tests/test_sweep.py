@@ -1,0 +1,379 @@
+"""Sweeps that continue and comparisons of runs: on fake run directories, and as a user starts them."""
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from test_config import composed
+from test_experiment import FAST, results, rows, same, scenes, script  # noqa: F401 (a fixture)
+
+from bisenet import comparison, config, sweep
+
+CALLBACK = "+callbacks.kill={_target_: kill.Kill}"
+
+
+def fake(folder: Path, *overrides: str, finished: bool = True, **scores: float) -> Path:
+    """A run directory with what comparisons read: configuration, overrides, scores for each protocol (percent)."""
+    cfg = OmegaConf.create(
+        {"name": "fake", "seed": 0, "init_seed": "${seed}", "data_seed": "${seed}", "repeat": 1, "model": {"name": "x"},
+         "loss": {"aux_weight": 1.0}, "optimizer": {"groups": {}}}
+    )  # fmt: skip
+    said = dict(override.split("=", 1) for override in overrides)
+    options = {key: value for key, value in said.items() if Path(config.conf_dir(), key).is_dir()}
+    for key, value in said.items():
+        if key not in options:
+            OmegaConf.update(cfg, key, int(value))
+    choices = {key: value for key, value in options.items() if key != "without"}  # Hydra records single choices only
+    stored = {"config": cfg, "hydra": {"hydra": {"runtime": {"choices": choices}}}, "overrides": list(overrides)}
+    (folder / ".hydra").mkdir(parents=True)
+    for name, content in stored.items():
+        OmegaConf.save(OmegaConf.create(content), folder / ".hydra" / f"{name}.yaml")
+    if finished:
+        protocols = {name: {"miou": score / 100, "classes": {"road": {"iou": 0.9}}} for name, score in scores.items()}
+        (folder / "results.json").write_text(json.dumps({"split": "val", "protocols": protocols}))
+    return folder
+
+
+def counts(seed: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    true = np.full((30, 2), 500)
+    tp = generator.binomial(true, np.random.default_rng(0).uniform(0.3, 0.8, (30, 1)) + shift)
+    return np.arange(30), np.stack([tp, tp + (true - tp)[:, ::-1], true], axis=1)
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seeds of two models, the second one a little worse, with counts; another seed is not finished."""
+    tmp_path = tmp_path_factory.mktemp("models")
+    for model, shift in (("bisenetv1", 0.05), ("bisenetv2", 0.0)):
+        for seed, noise in ((1, 0.0), (2, 0.4), (3, -0.3)):
+            run = fake(tmp_path / f"model={model},seed={seed}", f"model={model}", f"seed={seed}",
+                       ss=70 + 100 * shift + noise, mscf=73 + 100 * shift + noise)  # fmt: skip
+            for protocol, gain in (("ss", 0), ("mscf", 0.03)):
+                index, per_image = counts(seed, shift + gain)
+                np.savez(run / f"counts_val_{protocol}.npz", image_index=index, per_image=per_image)
+    fake(tmp_path / "model=bisenetv1,seed=4", "model=bisenetv1", "seed=4", finished=False)
+    planned = [f"model={model},seed={seed}" for model in ("bisenetv1", "bisenetv2") for seed in (1, 2, 3, 4)]
+    OmegaConf.save(OmegaConf.create({"jobs": planned, "config": {}}), tmp_path / "sweep.yaml")
+    return tmp_path
+
+
+def test_groups_are_what_was_overridden_differently_but_for_seeds(two_models: Path) -> None:
+    runs, missing = sweep.read_runs([str(two_models)])
+    assert {run.name: run.arm for run in runs}["model=bisenetv2,seed=3"] == {"model": "bisenetv2"}
+    assert missing.keys() == {"model=bisenetv1,seed=4", "model=bisenetv2,seed=4"}
+    assert "not finished" in missing["model=bisenetv1,seed=4"]
+    assert missing["model=bisenetv2,seed=4"] == "not begun"
+
+    summary = comparison.compare(runs, missing=missing)
+    groups = summary["protocols"]["ss"]["groups"]
+    assert {name: (g["n"], round(g["mean"], 6)) for name, g in groups.items()} == {
+        "bisenetv1": (3, 75.033333), "bisenetv2": (3, 70.033333)}  # fmt: skip
+    (found,) = summary["protocols"]["ss"]["comparisons"]
+    assert found["difference"] == pytest.approx(5)
+    assert found["low"] < 5 < found["high"]
+    assert found["images"]["low"] > 0  # the counts say the same
+    assert found["verdict"].startswith("bisenetv1 is better than bisenetv2 by 5.00: 95% interval")
+    assert summary["missing"] == missing
+
+
+def test_protocols_are_compared_within_the_same_runs(two_models: Path) -> None:
+    summary = comparison.compare(sweep.read_runs([str(two_models)])[0])
+    gains = {entry["group"]: entry for entry in summary["within_runs"]}
+    assert gains["bisenetv1"]["difference"] == pytest.approx(3)
+    assert (gains["bisenetv1"]["first"], gains["bisenetv1"]["second"], gains["bisenetv1"]["n"]) == ("mscf", "ss", 3)
+    assert gains["bisenetv1"]["high"] - gains["bisenetv1"]["low"] < 1e-6  # paired: the spread of the seeds cancels
+    assert gains["bisenetv1"]["images"]["low"] > 0
+
+
+def test_a_folder_a_glob_and_the_runs_themselves_are_the_same_runs(two_models: Path) -> None:
+    whole, _ = sweep.read_runs([str(two_models)])
+    by_glob, missing = sweep.read_runs([f"{two_models}/*seed=[1-3]"])
+    listed, _ = sweep.read_runs([str(run.folder) for run in (*whole, whole[0])])
+    assert [r.folder for r in by_glob] == [r.folder for r in whole] == [r.folder for r in listed]
+    assert not missing
+
+
+def test_runs_group_by_any_key(two_models: Path) -> None:
+    for key, groups in (("seed", {"1", "2", "3"}), ("loss.aux_weight", {"1.0"}), ("experiment", {"nothing"})):
+        summary = comparison.compare(sweep.read_runs([str(two_models)], by=[key])[0])
+        assert summary["protocols"]["ss"]["groups"].keys() == groups
+    both = comparison.compare(sweep.read_runs([str(two_models)], by=["model", "loss"])[0])
+    assert set(both["protocols"]["ss"]["groups"]) == {"model=bisenetv1, loss=nothing", "model=bisenetv2, loss=nothing"}
+    for key in ("optimizer.groups", "no.such.key"):
+        with pytest.raises(ValueError, match=f"by: got '{key}'"):
+            sweep.read_runs([str(two_models)], by=[key])
+
+
+def test_what_cannot_be_compared_is_refused(two_models: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        sweep.read_runs([str(tmp_path / "nowhere")])
+    runs, _ = sweep.read_runs([str(two_models)])
+    with pytest.raises(ValueError, match="metric: got 'iou'"):
+        comparison.compare(runs, metric="iou")
+    with pytest.raises(ValueError, match="baseline: got 'v3', accepted: bisenetv1, bisenetv2"):
+        comparison.compare(runs, baseline="v3")
+    with pytest.raises(ValueError, match="values: got 'bisenetv1'"):
+        comparison.compare(runs, values={"bisenetv1": [70.0]})
+    runs[0].results["protocols"]["ss"]["definition"] = {"scales": [2.0]}
+    with pytest.raises(ValueError, match=r"protocol ss: .* define it differently"):
+        comparison.compare(runs)
+    runs[0].results["split"] = "test"
+    with pytest.raises(ValueError, match="several splits"):
+        comparison.compare(runs)
+
+
+def test_any_score_can_be_compared(two_models: Path) -> None:
+    summary = comparison.compare(sweep.read_runs([str(two_models)])[0], metric="classes.road.iou")
+    found = summary["protocols"]["ss"]
+    assert found["groups"]["bisenetv1"]["mean"] == pytest.approx(90)
+    assert found["comparisons"][0]["images"] is None  # the counts are those of the mean
+    assert "no evidence of a difference" in found["comparisons"][0]["verdict"]
+
+
+def test_verdicts_are_honest() -> None:
+    def verdict(**groups: list[float]) -> list[str]:
+        return [entry["verdict"] for entry in comparison.compare([], values=groups)["protocols"]["ss"]["comparisons"]]
+
+    (same_runs,) = verdict(a=[78.4, 78.9, 78.1, 78.6], b=[78.5, 78.8, 78.2, 78.3])
+    found = re.fullmatch(
+        r"a and b: no evidence of a difference: 95% interval -0\.\d\d to \+0\.\d\d; "
+        r"(\d+) seeds per arm would resolve 0\.5",
+        same_runs,
+    )
+    assert found
+    assert 5 < int(found[1]) < 30
+    assert verdict(v1=[78.45], diss=[78.48]) == [
+        "v1 and diss: nothing can be said about seeds with one run of either"]  # fmt: skip
+    # One of three comparisons stands alone and falls when it is one of three.
+    family = verdict(a=[70.0, 70.5, 70.2], b=[70.9, 71.2, 70.8], c=[70.2, 70.9, 71.3])
+    assert family[0].startswith("a and b: no evidence of a difference when corrected for 3 comparisons (p = ")
+
+
+def test_repetitions_are_no_seeds(tmp_path: Path) -> None:
+    for seed, repeat, score in ((1, 1, 70.0), (1, 2, 70.2), (2, 1, 71.0), (2, 2, 71.2)):
+        fake(tmp_path / f"repeat={repeat},seed={seed}", f"seed={seed}", f"repeat={repeat}", ss=score)
+    runs, _ = sweep.read_runs([str(tmp_path)])
+    (group,) = comparison.compare(runs)["protocols"]["ss"]["groups"].values()
+    assert (group["n"], len(group["runs"]), group["min"], group["max"]) == (
+        2,
+        4,
+        pytest.approx(70.1),
+        pytest.approx(71.1),
+    )
+    assert group["variance"]["repeat_sd"] == pytest.approx(0.02**0.5)
+    assert group["variance"]["seed_sd"] == pytest.approx(0.49**0.5)
+
+
+def test_data_and_initialisation_seeds_are_seeds(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        fake(tmp_path / f"data_seed={seed}", f"data_seed={seed}", ss=70.0 + seed)
+    (group,) = comparison.compare(sweep.read_runs([str(tmp_path)])[0])["protocols"]["ss"]["groups"].values()
+    assert group["n"] == 3
+
+
+def test_tricks_are_ranked_by_what_they_are_worth(tmp_path: Path) -> None:
+    """Worth of ohem 2, flip 1, jitter -1; each from the full recipe and alone; no other pair is compared."""
+    worth = {"ohem": 2.0, "flip": 1.0, "jitter": -1.0}
+    arms = [[], ["ohem"], ["flip"], ["jitter"], ["flip", "jitter"], ["ohem", "jitter"], ["ohem", "flip"], list(worth)]
+    for number, arm in enumerate(arms):
+        for seed, noise in ((1, 0.0), (2, 0.1)):
+            fake(tmp_path / f"{number},{seed}", f"without=[{','.join(arm)}]", f"seed={seed}",
+                 ss=70 - sum(worth[trick] for trick in arm) + noise)  # fmt: skip
+    summary = comparison.compare(sweep.read_runs([str(tmp_path)])[0])
+    found = summary["protocols"]["ss"]["comparisons"]
+    whole = [(e["trick"], round(e["difference"], 6)) for e in found if e["context"] == "leave one out"]
+    alone = [(e["trick"], round(e["difference"], 6)) for e in found if e["context"] == "add one in"]
+    assert whole == alone == [("ohem", 2.0), ("flip", 1.0), ("jitter", -1.0)]
+    assert all(e["n"] == [2, 2] for e in found)
+    arms = {f"{kind} {trick}" for kind in ("without", "only") for trick in worth}
+    assert set(summary["protocols"]["ss"]["groups"]) == {"full recipe", "no tricks", *arms}
+    comparison.write(summary, tmp_path)
+    assert "What each trick is worth, ss" in (tmp_path / "summary.md").read_text()
+
+
+def test_the_summary_is_written_again_and_the_same(two_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def written() -> list[bytes]:
+        return [(two_models / f"summary.{kind}").read_bytes() for kind in ("json", "md", "png")]
+
+    sweep.summarize(two_models)
+    first = written()
+    sweep.summarize(two_models)
+    assert written() == first
+    text = (two_models / "summary.md").read_text()
+    assert "| bisenetv1 | 3 | 75.03 |" in text
+    assert "missing: model=bisenetv2,seed=4: not begun" in text
+    assert "model=bisenetv2,seed=4: not begun" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_published_scores_go_through_the_command(tmp_path: Path) -> None:
+    values = "values={reference: [74.28,72.96,73.73,74.39,73.77]}"
+    done = script("compare.py", values, "hydra.run.dir=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "73.83" in done.stdout
+    assert "| reference | 5 | 73.83 | 0.57 | 73.12 to 74.53 | 72.96 | 74.39 | 1.15 |" in (
+        tmp_path / "out" / "summary.md").read_text()  # fmt: skip
+    again = script("compare.py", values, "hydra.run.dir=out", cwd=tmp_path)
+    assert "holds a run already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("difference=0.5", "runs: got None"),
+        ("values={a: [0.74, 0.73]}", "values.a: got [0.74, 0.73]"),
+        ("values={a: []}", "values.a: got []"),
+        ("values=[1]", "values: got [1]"),
+        ("runs=[1]", "runs: got [1]"),
+    ],
+)
+def test_a_comparison_without_sense_is_refused(override: str, named: str) -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        config.check(composed(override, name="compare"))
+    assert named in str(raised.value)
+
+
+# ---------------------------------------------------------------- continuing
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folder"),
+    [
+        ("seed=1", "seed=1"),
+        ("model=bisenetv1,without=[ohem,flip]", "model=bisenetv1,without=ohem+flip"),
+        ("without=[]", "without=nothing"),
+        ("data.root=/a/b,seed=1", "data.root=-a-b,seed=1"),
+        ("", "run"),
+    ],
+)
+def test_a_job_has_a_readable_folder(overrides: str, folder: str) -> None:
+    assert config.job_dir(overrides) == folder
+
+
+def test_long_names_of_jobs_stay_apart() -> None:
+    names = {config.job_dir(f"{'x' * 300}={number}") for number in range(20)}
+    assert len(names) == 20
+    assert max(map(len, names)) <= 200
+
+
+def test_a_job_continues_only_with_its_own_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "seed=1"
+    (run / ".hydra").mkdir(parents=True)
+    OmegaConf.save(composed("seed=1"), run / ".hydra" / "config.yaml")
+    monkeypatch.setattr(config, "output_dir", lambda: run)
+    continued = sweep.job(composed("seed=1", "data.workers=0", "data.root=/elsewhere", "sweep.name=x"))
+    assert continued is not None
+    assert continued.resume == str(run)
+    with pytest.raises(ValueError, match=r"trainer\.max_steps: 2000 there, 7 now") as refused:
+        sweep.job(composed("seed=1", "trainer.max_steps=7", "loss=cross_entropy"))
+    assert "loss.name: ohem there, cross_entropy now" in str(refused.value)
+    assert "data.root" not in str(refused.value)
+    with pytest.raises(ValueError, match="resume: got 'a' in a multirun"):
+        sweep.job(composed("resume=a"))
+    (run / "results.json").touch()
+    assert sweep.job(composed("seed=1")) is None
+
+
+def test_every_trick_is_switched_off_and_the_ablation_has_all_of_them() -> None:
+    tricks = {file.stem for file in Path(config.conf_dir(), "without").glob("*.yaml")}
+    full = config.plain(composed("experiment=cityscapes_bisenetv1"))
+    for trick in tricks:
+        assert config.plain(composed("experiment=cityscapes_bisenetv1", f"without=[{trick}]")) != full, trick
+    params = OmegaConf.load(Path(config.conf_dir(), "experiment", "ablation_tricks.yaml")).hydra.sweeper.params
+    arms = [frozenset(arm.split(",")) - {""} for arm in re.findall(r"\[([^]]*)\]", re.sub(r"\s", "", params.without))]
+    one_out, one_in = [{trick} for trick in tricks], [tricks - {trick} for trick in tricks]
+    assert sorted(map(sorted, arms)) == sorted(map(sorted, [set(), *one_out, *one_in, tricks]))
+
+
+def multirun(cwd: Path, *overrides: str, **environment: str) -> Any:
+    return script("train.py", "-m", *FAST, *overrides, cwd=cwd, **environment)
+
+
+def test_a_failed_job_costs_the_others_nothing(scenes: list[str], tmp_path: Path) -> None:  # noqa: F811
+    """Two deterministic repetitions, each good and impossible; then once more, and once more otherwise."""
+    command = [*scenes, "loss.threshold=0.7,3", "repeat=2", "deterministic=true", "sweep.name=two"]
+    folder = tmp_path / "outputs" / "sweeps" / "two"
+    done = multirun(tmp_path, *command)
+    assert done.returncode == 1
+    assert "job loss.threshold=3,repeat=2 failed: loss.threshold: got 3.0" in done.stdout
+    good = [folder / f"loss.threshold=0.7,repeat={repeat}" for repeat in (1, 2)]
+    assert results(good[0]) == results(good[1])
+    weights = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in good]
+    assert same(*weights)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["missing"].keys() == {f"loss.threshold=3,repeat={repeat}" for repeat in (1, 2)}
+    assert summary["protocols"]["ss"]["groups"]["0.7"]["n"] == 1
+    assert "not finished" in done.stdout
+
+    before = [(file, file.stat().st_mtime_ns) for run in good for file in run.rglob("*") if file.suffix != ".log"]
+    again = multirun(tmp_path, *command)
+    assert again.stdout.count("is finished already") == 2
+    assert [
+        (file, file.stat().st_mtime_ns) for run in good for file in run.rglob("*") if file.suffix != ".log"
+    ] == before
+    assert json.loads((folder / "summary.json").read_text()) == summary
+
+    changed = multirun(tmp_path, *command, "optimizer.algorithm.lr=0.3")
+    assert changed.returncode == 1
+    assert "optimizer.algorithm.lr: 0.005 there, 0.3 now" in changed.stderr
+    assert len(list(folder.glob("*/"))) == 4
+
+
+def test_a_mistake_that_stopped_all_jobs_can_be_corrected(tmp_path: Path) -> None:
+    """Nothing was trained, so nothing binds; the second command is as wrong, to be answered at once."""
+    for threshold in ("3", "4"):
+        done = multirun(tmp_path, "seed=1,2", "sweep.name=wrong", f"loss.threshold={threshold}")
+        assert done.returncode == 1
+        assert f"job seed=2 failed: loss.threshold: got {threshold}.0" in done.stdout
+    stored = OmegaConf.load(tmp_path / "outputs" / "sweeps" / "wrong" / "seed=1" / ".hydra" / "config.yaml")
+    assert OmegaConf.select(stored, "loss.threshold") == 4
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_as_an_undisturbed_one(scenes: list[str], tmp_path: Path) -> None:  # noqa: F811
+    """Five seeds, SIGKILL between two checkpoints of the third."""
+    summaries = []
+    for name in ("calm", "killed"):
+        command = [*scenes, CALLBACK, "seed=1,2,3,4,5", f"sweep.name={name}"]
+        folder = tmp_path / "outputs" / "sweeps" / name
+        if name == "killed":
+            done = multirun(tmp_path, *command, KILL_AT="batch_end:5", KILL_RUN="seed=3")
+            assert done.returncode == -signal.SIGKILL
+            assert {run.name for run in folder.glob("seed=*")} == {"seed=1", "seed=2", "seed=3"}
+            assert not (folder / "seed=3" / "results.json").exists()
+        done = multirun(tmp_path, *command)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("is finished already") == (2 if name == "killed" else 0)
+        summaries.append((folder / "summary.json").read_bytes())
+        assert f"{json.loads(summaries[-1])['protocols']['ss']['groups']['all runs']['mean']:.2f}" in done.stdout
+    assert summaries[0] == summaries[1]
+    for seed in range(1, 6):
+        calm, killed = (tmp_path / "outputs" / "sweeps" / name / f"seed={seed}" for name in ("calm", "killed"))
+        assert results(calm) == results(killed)
+        assert rows(calm) == rows(killed)
+        ours, theirs = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (calm, killed))
+        assert same(ours["state_dict"], theirs["state_dict"])
+        assert same(ours["optimizer_states"], theirs["optimizer_states"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local", "hydra.launcher.timeout_min=10"]]
+)
+def test_launchers_run_and_continue_a_sweep(launcher: list[str], scenes: list[str], tmp_path: Path) -> None:  # noqa: F811
+    name, *options = launcher
+    pytest.importorskip(f"hydra_plugins.hydra_{name.removesuffix('_local')}_launcher", reason="needs bisenet[sweeps]")
+    command = [*scenes, "seed=1,2", "sweep.name=x", f"hydra/launcher={name}", *options]
+    done = multirun(tmp_path, *command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = tmp_path / "outputs" / "sweeps" / "x" / "summary.json"
+    assert json.loads(summary.read_text())["protocols"]["ss"]["groups"]["all runs"]["n"] == 2
+    before = summary.read_bytes()
+    assert multirun(tmp_path, *command).returncode == 0
+    assert summary.read_bytes() == before

@@ -7,9 +7,10 @@ network still gets wrong, and at least a given number of them.
 Shapes: N images, C classes, (h, w) the size of a head, (H, W) the size of the labels.
 """
 
+import logging
 import math
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,7 +19,12 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
+from bisenet import kernel
+
+log = logging.getLogger(__name__)
+
 NORMALIZERS = ("kept", "at_least_n_min")
+IMPLEMENTATIONS = ("auto", "torch", "cuda")
 
 _TILE = 64
 """Side of the square of full-size pixels upsampled at a time on the CPU: 19 classes of it stay in the L2 cache."""
@@ -33,6 +39,7 @@ def ohem_cross_entropy(
     normalizer: str,
     ignore_index: int,
     align_corners: bool,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Mean cross entropy over the hard pixels of a batch.
 
@@ -51,6 +58,9 @@ def ohem_cross_entropy(
         normalizer: divide by the number ``kept``, or by ``at_least_n_min`` = max(kept, n_min), n_min as asked for.
         ignore_index: label of pixels without a class; may lie outside the range of ``target``'s dtype.
         align_corners: as in ``torch.nn.functional.interpolate``.
+        impl: ``torch`` is PyTorch code for any device, ``cuda`` the fused kernel (``kernels/README.md``), ``auto`` the
+            kernel where it runs: on CUDA, unless the logits are float64 or it cannot be compiled. The log says once
+            which of them runs, and why.
 
     Returns:
         The loss (float32, or float64 for float64 logits) and the number of pixels kept (int64), both 0-d. Nothing
@@ -61,18 +71,69 @@ def ohem_cross_entropy(
     Raises:
         ValueError: shapes or dtypes that do not fit; on the CPU, labels that are neither a class nor
             ``ignore_index``. On other devices these make the loss NaN, since raising would stall the device.
+            ``impl="cuda"`` with tensors that the kernel does not take.
+        RuntimeError: ``impl="cuda"`` where the kernel cannot be built.
     """
+    _check(logits, target)
+    hard_loss = -math.log(threshold)
+    if _use_kernel(impl, logits, target):
+        at_least, divisor = _as_fraction(min_kept)
+        kept_only = normalizer == "kept"
+        return kernel.ohem(logits, target, hard_loss, at_least, divisor, kept_only, ignore_index, align_corners)[:2]
     on_host = logits.device.type == "cpu"
     losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, on_host)
-    n_min = _n_min(valid, min_kept)
-    total, kept = _sum_of_hardest(losses, -math.log(threshold), torch.minimum(n_min, valid), on_host)
+    at_least, divisor = _as_fraction(min_kept)
+    n_min = valid * at_least // divisor if divisor else torch.full_like(valid, at_least)
+    total, kept = _sum_of_hardest(losses, hard_loss, torch.minimum(n_min, valid), on_host)
     return _mean(total, kept if normalizer == "kept" else torch.maximum(kept, n_min), logits), kept
 
 
-def cross_entropy(logits: Tensor, target: Tensor, *, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, ignore_index: int, align_corners: bool, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Mean cross entropy over the valid pixels, and their number: :func:`ohem_cross_entropy` that keeps them all."""
+    _check(logits, target)
+    if _use_kernel(impl, logits, target):
+        everything = -0.5  # a loss is never negative, so all are above this one
+        return kernel.ohem(logits, target, everything, 0, 0, True, ignore_index, align_corners)[:2]
     losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, logits.device.type == "cpu")
     return _mean(losses.sum(), valid, logits), valid
+
+
+def _check(logits: Tensor, target: Tensor) -> None:
+    if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not fit together; "
+            "accepted are (N, C, h, w) and (N, H, W)"
+        )
+    if target.dtype not in kernel.LABEL_TYPES:
+        raise ValueError(f"target has dtype {target.dtype}; accepted are torch.uint8 and torch.int64")
+
+
+def _use_kernel(impl: str, logits: Tensor, target: Tensor) -> bool:
+    return impl != "torch" and _kernel_runs(impl, logits.device, logits.dtype, target.dtype, logits.shape[1])
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _kernel_runs(impl: str, device: torch.device, dtype: torch.dtype, label_dtype: torch.dtype, classes: int) -> bool:
+    """Whether the kernel runs; says so, once for each kind of argument."""
+    if device.type != "cuda" or dtype not in kernel.LOGIT_TYPES:
+        if impl == "cuda":
+            raise ValueError(
+                f"impl: got 'cuda' with {dtype} logits on {device}; the kernel takes "
+                f"{', '.join(map(str, kernel.LOGIT_TYPES))} on a CUDA device (impl 'auto' and 'torch' take any)"
+            )
+        log.info("loss: PyTorch implementation, for %s logits on %s", dtype, device)
+        return False
+    reason = kernel.why_not(device, kernel.specialize(dtype, label_dtype, classes))
+    if reason and impl == "cuda":
+        raise RuntimeError(f"impl 'cuda': the kernel cannot be built: {reason}")
+    if reason:
+        log.warning("loss: PyTorch implementation, because the CUDA kernel cannot be built: %s", reason)
+    else:
+        log.info("loss: CUDA kernel, for %s logits of %d classes on %s", dtype, classes, device)
+    return not reason
 
 
 def _mean(total: Tensor, count: Tensor, logits: Tensor) -> Tensor:
@@ -82,11 +143,11 @@ def _mean(total: Tensor, count: Tensor, logits: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
 
-def _n_min(valid: Tensor, min_kept: float | int) -> Tensor:
+def _as_fraction(min_kept: float | int) -> tuple[int, int]:
+    """n_min as a share of the valid pixels, exact in integers (0.29 of 100 is 29, in float 28); a count is over 0."""
     if isinstance(min_kept, int):
-        return torch.full_like(valid, min_kept)
-    fraction = Fraction(min_kept).limit_denominator(10**9)  # exact in integers: 0.29 of 100 is 29, in float 28
-    return valid * fraction.numerator // fraction.denominator
+        return min_kept, 0
+    return Fraction(min_kept).limit_denominator(10**9).as_integer_ratio()
 
 
 def _sum_of_hardest(losses: Tensor, threshold: float, n_min: Tensor, on_host: bool) -> tuple[Tensor, Tensor]:
@@ -117,13 +178,6 @@ def _pixel_losses(
     logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool, on_host: bool
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of every pixel (N, H, W), 0 where ignored, and the number of valid pixels (0-d int64)."""
-    if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not fit together; "
-            "accepted are (N, C, h, w) and (N, H, W)"
-        )
-    if target.dtype not in (torch.uint8, torch.int64):
-        raise ValueError(f"target has dtype {target.dtype}; accepted are torch.uint8 and torch.int64")
     if logits.dtype != torch.float64:
         logits = logits.float()
     classes = logits.shape[1]

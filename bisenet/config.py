@@ -179,9 +179,13 @@ class LossConfig:
     """Divide by the number ``kept`` or by ``at_least_n_min`` = max(kept, n_min) (older V1)."""
     aux_weight: float = 1.0
     """Weight of each auxiliary head."""
+    impl: str = "auto"
+    """``torch``: PyTorch code, on any device. ``cuda``: the fused kernel, which must be buildable. ``auto``: the kernel
+    where it can run; the log says once which one it is, and why."""
 
     def __post_init__(self) -> None:
         _require_one_of("name", self.name, ("ohem", "cross_entropy"))
+        _require_one_of("impl", self.impl, ("auto", "torch", "cuda"))
         _require(0 < self.threshold <= 1, "threshold", self.threshold, "a probability in (0, 1]")
         number = type(self.min_kept) in (int, float)
         ok = number and self.min_kept >= 0 and (isinstance(self.min_kept, int) or self.min_kept <= 1)

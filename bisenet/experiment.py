@@ -211,8 +211,8 @@ def _segmenter(cfg: DictConfig, classes: ClassTable) -> Segmenter:
 
 def _criterion(loss: LossConfig, classes: ClassTable) -> nn.Module:
     if loss.name == "cross_entropy":
-        return CrossEntropy(ignore_index=classes.ignore_index)
-    return OhemCrossEntropy(loss.threshold, loss.min_kept, loss.normalizer, ignore_index=classes.ignore_index)
+        return CrossEntropy(classes.ignore_index, loss.impl)
+    return OhemCrossEntropy(loss.threshold, loss.min_kept, loss.normalizer, classes.ignore_index, loss.impl)
 
 
 _SCHEDULES: dict[str, Callable[..., float]] = {"poly": warmup_poly, "cosine": warmup_cosine, "constant": constant}

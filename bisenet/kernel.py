@@ -137,12 +137,19 @@ def specialize(dtype: torch.dtype, label_dtype: torch.dtype, classes: int) -> Sp
     return Specialization(LOGIT_TYPES[dtype], LABEL_TYPES[label_dtype], known)
 
 
-def why_not(device: torch.device, specialization: Specialization) -> str | None:
-    """Why the kernel cannot run there, None if it can."""
+def why_not(
+    device: torch.device | None = None, specialization: Specialization = Specialization("half", "uint8", 19)
+) -> str | None:
+    """Why the kernel cannot run on a device (the current one), None if it can. Compiles it."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    device = device or torch.device("cuda", torch.cuda.current_device())
     try:
         with torch.cuda.device(device):
             library(device, specialization)
-    except Exception as error:  # whatever the compiler, the driver or a missing package says
+    except ImportError as error:
+        return f"{error}: install the extra `cuda` (pip install 'bisenet[cuda]')"
+    except Exception as error:  # whatever the compiler or the driver says
         return f"{type(error).__name__}: {error}"
     return None
 

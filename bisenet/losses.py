@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from bisenet.networks import SegmentationOutput
-from bisenet.ops import NORMALIZERS, cross_entropy, ohem_cross_entropy
+from bisenet.ops import NORMALIZERS, cross_entropy, ohem_cross_entropy, require_implementation
 
 
 class OhemCrossEntropy(nn.Module):
@@ -18,6 +18,11 @@ class OhemCrossEntropy(nn.Module):
             reference's rule), an int of at least 0 a count (the older V1 rule).
         normalizer: divide by the number ``kept`` or by ``at_least_n_min`` (older V1).
         ignore_index: label of the pixels that do not count.
+        impl: ``auto``, ``torch`` or ``cuda``, see :func:`bisenet.ops.ohem_cross_entropy`.
+
+    Raises:
+        ValueError: an argument outside its range.
+        RuntimeError: ``impl="cuda"`` where the kernel cannot be built.
     """
 
     def __init__(
@@ -26,6 +31,7 @@ class OhemCrossEntropy(nn.Module):
         min_kept: float | int = 0.0625,
         normalizer: str = "kept",
         ignore_index: int = 255,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
         if not 0 < threshold <= 1:
@@ -34,10 +40,12 @@ class OhemCrossEntropy(nn.Module):
             raise ValueError(f"min_kept: got {min_kept}, accepted: a float in [0, 1] (fraction) or an int >= 0 (count)")
         if normalizer not in NORMALIZERS:
             raise ValueError(f"normalizer: got {normalizer!r}, accepted: {' | '.join(NORMALIZERS)}")
+        require_implementation(impl)
         self.threshold = threshold
         self.min_kept = min_kept
         self.normalizer = normalizer
         self.ignore_index = ignore_index
+        self.impl = impl
 
     def forward(self, logits: Tensor, target: Tensor, align_corners: bool = False) -> tuple[Tensor, Tensor]:
         """Return loss and number of pixels kept; see :func:`bisenet.ops.ohem_cross_entropy`."""
@@ -49,19 +57,24 @@ class OhemCrossEntropy(nn.Module):
             normalizer=self.normalizer,
             ignore_index=self.ignore_index,
             align_corners=align_corners,
+            impl=self.impl,
         )
 
 
 class CrossEntropy(nn.Module):
-    """Mean cross entropy over all pixels but those labelled ``ignore_index``."""
+    """Mean cross entropy over all pixels but those labelled ``ignore_index``; ``impl`` as in :class:`OhemCrossEntropy`."""
 
-    def __init__(self, ignore_index: int = 255) -> None:
+    def __init__(self, ignore_index: int = 255, impl: str = "auto") -> None:
         super().__init__()
+        require_implementation(impl)
         self.ignore_index = ignore_index
+        self.impl = impl
 
     def forward(self, logits: Tensor, target: Tensor, align_corners: bool = False) -> tuple[Tensor, Tensor]:
         """Return loss and number of valid pixels; see :func:`bisenet.ops.cross_entropy`."""
-        return cross_entropy(logits, target, ignore_index=self.ignore_index, align_corners=align_corners)
+        return cross_entropy(
+            logits, target, ignore_index=self.ignore_index, align_corners=align_corners, impl=self.impl
+        )
 
 
 class SupervisedLoss(NamedTuple):

@@ -100,6 +100,14 @@ def cross_entropy(
     return _mean(losses.sum(), valid, logits), valid
 
 
+def require_implementation(impl: str) -> None:
+    """Raise, before anything expensive, where ``impl`` is unknown (ValueError) or cannot be built (RuntimeError)."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: got {impl!r}, accepted: {' | '.join(IMPLEMENTATIONS)}")
+    if impl == "cuda" and (reason := kernel.why_not()):
+        raise RuntimeError(f"impl 'cuda': the kernel cannot be built: {reason}")
+
+
 def _check(logits: Tensor, target: Tensor) -> None:
     if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target):
         raise ValueError(

@@ -15,11 +15,12 @@
 #include <vector>
 
 #define OHEM_ON_CPU
+#define __CUDA_ARCH__ 0
 #define __global__
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 #define __restrict__ __restrict
 
 struct Dim3 { unsigned x; };
@@ -28,10 +29,10 @@ static Dim3 blockDim, gridDim;
 static std::unique_ptr<std::barrier<>> everyone;
 static std::atomic<int> flag;
 
-static void __syncthreads() {
+inline void __syncthreads() {
     if (blockDim.x > 1) everyone->arrive_and_wait();
 }
-static int __syncthreads_or(int predicate) {
+inline int __syncthreads_or(int predicate) {
     if (predicate) flag = 1;
     __syncthreads();
     const int result = flag;
@@ -40,26 +41,26 @@ static int __syncthreads_or(int predicate) {
     __syncthreads();
     return result;
 }
-static void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-template <class T> static T atomicAdd(T* to, T value) { return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST); }
-template <class T> static T atomicOr(T* to, T value) { return __atomic_fetch_or(to, value, __ATOMIC_SEQ_CST); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+template <class T> inline T atomicAdd(T* to, T value) { return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST); }
+template <class T> inline T atomicOr(T* to, T value) { return __atomic_fetch_or(to, value, __ATOMIC_SEQ_CST); }
 
-static float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
-static int min(int a, int b) { return a < b ? a : b; }
-static int max(int a, int b) { return a > b ? a : b; }
+inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 using std::fma, std::fmaf, std::fmaxf, std::fminf, std::log2f;
 
 struct half;
 struct bfloat16;
-static float fast_exp2(float x) { return std::exp2f(x); }
-static float to_float(half);
-static void store(half*, float);
+inline float fast_exp2(float x) { return std::exp2f(x); }
+inline float to_float(half);
+inline void store(half*, float);
 
 #include OHEM_SOURCE
 
-static float to_float(half x) { _Float16 value; std::memcpy(&value, &x, 2); return float(value); }
-static void store(half* to, float x) { const _Float16 value = _Float16(x); std::memcpy(to, &value, 2); }
+inline float to_float(half x) { _Float16 value; std::memcpy(&value, &x, 2); return float(value); }
+inline void store(half* to, float x) { const _Float16 value = _Float16(x); std::memcpy(to, &value, 2); }
 
 template <class... Arguments>
 static void launch(void (*kernel)(Arguments...), unsigned grid, unsigned block, void** arguments) {

@@ -28,6 +28,7 @@ constexpr int BLOCK = 128;          // most threads in a block
 constexpr int CHUNK = 16;           // classes at a time when their number is not known
 constexpr bool ONE_CHUNK = OHEM_CLASSES > 0;
 constexpr int K = ONE_CHUNK ? OHEM_CLASSES : CHUNK;
+constexpr int BLOCKS = K > 19 ? 2 : __CUDA_ARCH__ < 900 ? 3 : 4;  // per multiprocessor: as many as ptxas fits unspilled
 constexpr int LEVELS = 3;           // a loss is found by its highest 11, then 10, then 10 bits
 constexpr int BINS = 2048;
 constexpr float IGNORED = -1.0f;    // in the loss map; a loss is never negative
@@ -205,7 +206,7 @@ __device__ void finish(const State* state, double total, uint64 kept, Selection*
 // Loss map (IGNORED where the label is `ignore`, NaN where it is unknown), and the selection where enough is hard.
 // A block owns blockDim.x columns and `tile_rows` rows of pixels. n_min is valid * numerator / denominator, or numerator
 // where the denominator is 0.
-extern "C" __global__ void __launch_bounds__(BLOCK) ohem_forward(
+extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_forward(
     const Logit* __restrict__ logits, int64 image_stride, int64 class_stride, int64 row_stride, int64 pixel_stride,
     const Label* __restrict__ target, int64 classes, int64 h, int64 w, int64 full_h, int64 full_w,
     float scale_y, float scale_x, int64 align, int64 images, int64 ignore, float hard_loss, int64 numerator, int64 denominator,
@@ -330,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) ohem_forward(
 
 // Where too few pixels are hard: find the n_min-th largest loss, `level` 0, 1, 2 after one another. The bits of a
 // positive float, read as an integer, have the order of the floats.
-extern "C" __global__ void __launch_bounds__(BLOCK) ohem_refine(
+extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_refine(
     const float* __restrict__ losses, int64 pixels, int64 level, State* state, double* slots, Selection* selection,
     float* loss, int64* n_kept) {
     if (!state->refine) return;
@@ -422,7 +423,7 @@ constexpr int PITCH = BLOCK + BLOCK / 32 + 1;
 // one image, and K classes. The block walks the pixels next to its logits; those on its border are seen by two blocks.
 // A thread gathers its column over the rows of a cell; then the columns are gathered through shared memory.
 // If the pixels next to one column of logits are more than the block has threads, tile_rows and tile_columns are 1.
-extern "C" __global__ void __launch_bounds__(BLOCK) ohem_backward(
+extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
     const Logit* __restrict__ logits, int64 image_stride, int64 class_stride, int64 row_stride, int64 pixel_stride,
     const Label* __restrict__ target, int64 classes, int64 h, int64 w, int64 full_h, int64 full_w,
     float scale_y, float scale_x, int64 align, const float* __restrict__ losses, const Selection* __restrict__ selection,
@@ -499,12 +500,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) ohem_backward(
 #pragma unroll
                     for (int i = 0; i < K; ++i) bottom[i] = 0.0f;
                 }
-                for (int i = 0; i < cell_end - y; ++i) {
-                    const float value = losses[map + i * full_w];
+                const float* value_here = losses + map;
+                const Label* label_here = target + map;
+                for (; y < cell_end; ++y, value_here += full_w, label_here += full_w) {
+                    const float value = *value_here;
+                    const int label = int(*label_here);  // before it is known to be needed: both loads are under way
                     const float weight = value > cut ? 1.0f : value == cut ? share : 0.0f;
                     if (weight == 0.0f) continue;
-                    const int label = int(target[map + i * full_w]);
-                    const float fraction = vertical.fraction(y + i, cell);
+                    const float fraction = vertical.fraction(y, cell);
                     const float own = score_of(column, row, label, row_stride, has_bottom, fraction);
                     const float log_sum = fmaf(value, LOG2_E, own);
                     const float weight_above = weight * (1.0f - fraction), weight_below = weight * fraction;

@@ -1,7 +1,7 @@
 """The CUDA kernel of the loss: ``kernels/ohem/ohem.cu``, compiled when it is first used, as PyTorch operators.
 
-The source is compiled by NVRTC through cuda.core for the device at hand; neither nvcc nor a host compiler is needed. The
-result is kept in cuda.core's program cache (``~/.cache/cuda-python/program-cache``, moved by ``XDG_CACHE_HOME``).
+The source is compiled by NVRTC through cuda.core for the device at hand; neither nvcc nor a host compiler is needed.
+The result is kept in cuda.core's program cache (``~/.cache/cuda-python/program-cache``, moved by ``XDG_CACHE_HOME``).
 ``kernels/README.md`` describes the algorithm; :func:`bisenet.ops.ohem_cross_entropy` is the public function.
 
 Shapes: N images, C classes, (h, w) the size of a head, (H, W) the size of the labels.
@@ -83,7 +83,7 @@ def compile_source(arch: str, specialization: Specialization, *, cache: Any = No
     Returns:
         A ``cuda.core.ObjectCode`` with a cubin.
     """
-    from cuda.core import Program, ProgramOptions
+    from cuda.core import Program, ProgramOptions  # type: ignore[attr-defined]
 
     options = ProgramOptions(
         name="ohem.cu",
@@ -95,12 +95,19 @@ def compile_source(arch: str, specialization: Specialization, *, cache: Any = No
     return Program(source_path().read_text(), "c++", options).compile("cubin", cache=cache, logs=logs)
 
 
+class _CurrentStream:
+    """PyTorch's current stream in CUDA's stream protocol, which streams of older versions do not have."""
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, torch.cuda.current_stream().cuda_stream
+
+
 class _CudaLibrary:
     block = BLOCK
 
     def __init__(self, device: int, specialization: Specialization) -> None:
-        from cuda.core import Device, LaunchConfig, launch
-        from cuda.core.utils import FileStreamProgramCache
+        from cuda.core import Device, LaunchConfig, launch  # type: ignore[attr-defined]
+        from cuda.core.utils import FileStreamProgramCache  # type: ignore[import-not-found]
 
         major, minor = torch.cuda.get_device_capability(device)
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -116,11 +123,15 @@ class _CudaLibrary:
 
     def launch(self, kernel: str, grid: int, *arguments: Argument) -> None:
         values = [
-            value.data_ptr() if isinstance(value, Tensor) else np.int64(value) if isinstance(value, int) else np.float32(value)
+            value.data_ptr()
+            if isinstance(value, Tensor)
+            else np.int64(value)
+            if isinstance(value, int)
+            else np.float32(value)
             for value in arguments
         ]
         config = self._config(grid=grid, block=self.block)
-        self._launch(torch.cuda.current_stream(), config, self._kernels[kernel], *values)
+        self._launch(_CurrentStream(), config, self._kernels[kernel], *values)
 
 
 @cache
@@ -137,9 +148,10 @@ def specialize(dtype: torch.dtype, label_dtype: torch.dtype, classes: int) -> Sp
     return Specialization(LOGIT_TYPES[dtype], LABEL_TYPES[label_dtype], known)
 
 
-def why_not(
-    device: torch.device | None = None, specialization: Specialization = Specialization("half", "uint8", 19)
-) -> str | None:
+_USUAL = Specialization("half", "uint8", 19)
+
+
+def why_not(device: torch.device | None = None, specialization: Specialization = _USUAL) -> str | None:
     """Why the kernel cannot run on a device (the current one), None if it can. Compiles it."""
     if not torch.cuda.is_available():
         return "no CUDA device"
@@ -191,13 +203,14 @@ def gradient_tile(vertical: _Axis, horizontal: _Axis, block: int) -> tuple[int, 
 
 def _axes(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[_Axis, _Axis]:
     vertical, horizontal = (
-        _Axis.make(size, full, align_corners)
-        for size, full in zip(logits.shape[-2:], target.shape[-2:], strict=True)
+        _Axis.make(size, full, align_corners) for size, full in zip(logits.shape[-2:], target.shape[-2:], strict=True)
     )
     return vertical, horizontal
 
 
-def _geometry(logits: Tensor, target: Tensor, vertical: _Axis, horizontal: _Axis, align_corners: bool) -> list[Argument]:
+def _geometry(
+    logits: Tensor, target: Tensor, vertical: _Axis, horizontal: _Axis, align_corners: bool
+) -> list[Argument]:
     """The arguments that both passes begin with."""
     sizes = (logits.shape[1], vertical.size, horizontal.size, vertical.full, horizontal.full)
     return [logits, *logits.stride(), target, *sizes, vertical.scale, horizontal.scale, int(align_corners)]

@@ -119,10 +119,14 @@ def _check(logits: Tensor, target: Tensor) -> None:
 
 
 def _use_kernel(impl: str, logits: Tensor, target: Tensor) -> bool:
-    return impl != "torch" and _kernel_runs(impl, logits.device, logits.dtype, target.dtype, logits.shape[1])
+    return impl != "torch" and _known_to_run(impl, logits.device, logits.dtype, target.dtype, logits.shape[1])
 
 
 @torch.compiler.assume_constant_result
+def _known_to_run(*arguments: Any) -> bool:
+    return _kernel_runs(*arguments)  # torch.compile would look through the cache if it were decorated itself
+
+
 @cache
 def _kernel_runs(impl: str, device: torch.device, dtype: torch.dtype, label_dtype: torch.dtype, classes: int) -> bool:
     """Whether the kernel runs; says so, once for each kind of argument."""

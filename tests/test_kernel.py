@@ -86,7 +86,8 @@ def forward(logits: Tensor, target: Tensor, *, threshold, min_kept, normalizer, 
 
 
 def ohem(case: Case, **changes: Any) -> tuple[Tensor, Tensor]:
-    return forward(*case, **{**RULE, **changes})[:2]
+    loss, kept, _, _ = forward(*case, **{**RULE, **changes})
+    return loss, kept
 
 
 def cases(dtype: torch.dtype, device: torch.device, **changes: Any) -> Case:
@@ -375,6 +376,14 @@ def test_traced_as_one_graph_with_the_same_result(device, monkeypatch):
         assert torch.equal(ours, theirs)
 
 
+def test_the_choice_is_made_while_tracing():
+    logits, target = make_case(dtype=torch.float32)
+    traced = torch.compile(
+        lambda x: 2 * x if ops._use_kernel("auto", x, target) else 3 * x, fullgraph=True, backend="eager"
+    )
+    assert torch.equal(traced(logits), 3 * logits)
+
+
 def test_the_gradient_is_that_of_the_scaled_loss_under_autocast(device):
     case = cases(torch.float32, device)
     loss, _ = ohem(case)
@@ -426,8 +435,8 @@ def test_the_source_is_in_the_wheel(tmp_path):
 # ----------------------------------------------------------------------------------------------- compiled for CUDA
 
 
-def resources(arch: str, logit: str, label: str, classes: int) -> dict[str, dict[str, int]]:
-    """Registers and spilled bytes of each kernel."""
+def spills(arch: str, logit: str, label: str, classes: int) -> dict[str, int]:
+    """Bytes that each kernel spills, by ptxas."""
     for module in ("cuda.core", "cuda.bindings.nvrtc"):
         pytest.importorskip(module, reason="cuda-core is not installed: pip install 'bisenet[cuda]'")
     log = io.StringIO()
@@ -437,17 +446,14 @@ def resources(arch: str, logit: str, label: str, classes: int) -> dict[str, dict
         if "DynamicLibNotFound" in type(error).__name__:
             pytest.skip(f"no NVRTC: {error}")
         raise
-    found = {}
-    for text in log.getvalue().split("Compiling entry function '")[1:]:
-        registers, spilled = (int(re.search(rule, text)[1]) for rule in (r"Used (\d+) reg", r"(\d+) bytes spill stores"))  # type: ignore[index]
-        found[text.split("'")[0]] = {"registers": registers, "spilled": spilled}
+    rule = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores"
+    found = {name: int(spilled) for name, spilled in re.findall(rule, log.getvalue(), re.DOTALL)}
     assert set(found) == {"ohem_forward", "ohem_refine", "ohem_backward"}
     return found
 
 
 def assert_no_spills(arch: str, logit: str, label: str, classes: int) -> None:
-    found = resources(arch, logit, label, classes)
-    assert not any(entry["spilled"] for entry in found.values()), found
+    assert not any(spills(arch, logit, label, classes).values())
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -499,6 +505,17 @@ def test_no_host_synchronisation_on_a_gpu(cuda):
             loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_torch_compile_on_a_gpu(cuda):
+    case = cases(torch.float16, cuda)
+    criterion = OhemCrossEntropy(impl="cuda")
+    loss, kept = torch.compile(criterion, fullgraph=True)(*case)
+    expected, expected_kept = criterion(*case)
+    assert torch.equal(loss, expected)
+    assert torch.equal(kept, expected_kept)
+    assert torch.equal(gradient(loss, case.logits), gradient(expected, case.logits))
 
 
 @pytest.mark.gpu

@@ -62,7 +62,7 @@ class OhemCrossEntropy(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """Mean cross entropy over all pixels but those labelled ``ignore_index``; ``impl``: see :class:`OhemCrossEntropy`."""
+    """Mean cross entropy over all pixels but those labelled ``ignore_index``; ``impl`` as for OHEM."""
 
     def __init__(self, ignore_index: int = 255, impl: str = "auto") -> None:
         super().__init__()

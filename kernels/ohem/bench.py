@@ -5,8 +5,8 @@
 
 Implementations: ``naive`` is what the reference repository does (upsample, cross entropy, boolean index, topk),
 ``compiled`` is torch.compile of that (fp16, V2's main head and its head at stride 2), ``torch`` and ``cuda`` are those
-of ``loss.impl``. Regimes: all pixels hard (start of training), 8 % hard (trained), 0.2 % hard, fewer than n_min, so that
-the selection must find the n_min-th largest. The floor of a head is the larger of the bytes that must move over the
+of ``loss.impl``. Regimes: all pixels hard (start of training), 8 % hard (trained), 0.2 % hard, which is fewer than n_min,
+so that the n_min-th largest must be found. The floor of a head is the larger of the bytes that must move over the
 measured bandwidth of a copy, and the exponentials over their rate; labels are read twice, logits twice, their gradient
 and the float32 loss map are written and the map is read.
 

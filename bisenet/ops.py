@@ -9,6 +9,8 @@ Shapes: N images, C classes, (h, w) the size of a head, (H, W) the size of the l
 
 import logging
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, cast
@@ -230,13 +232,16 @@ class _TiledCrossEntropy(torch.autograd.Function):
         sizes = zip(logits.shape[2:], labels.shape[1:], strict=True)
         ctx.spans = [_spans(*size, align_corners, logits.dtype) for size in sizes]
         losses = logits.new_empty(labels.shape)
-        for n in range(len(logits)):
+
+        def score(n: int) -> None:
             for rows in ctx.spans[0]:
                 band = rows.weights @ logits[n, :, rows.source]  # (C, <= 64, w)
                 for cols in ctx.spans[1]:
                     tile = band[:, :, cols.source] @ cols.weights.T  # (C, <= 64, <= 64)
                     here = n, rows.pixels, cols.pixels
                     losses[here] = F.cross_entropy(tile[None], labels[here].long()[None], reduction="none")[0]
+
+        _for_each_image(score, len(logits))
         return losses
 
     @staticmethod
@@ -245,7 +250,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, labels = ctx.saved_tensors
         grad_logits = torch.zeros_like(logits)
-        for n in range(len(logits)):
+
+        def differentiate(n: int) -> None:
             for rows in ctx.spans[0]:
                 band = rows.weights @ logits[n, :, rows.source]
                 grad_band = torch.zeros_like(band)
@@ -259,7 +265,33 @@ class _TiledCrossEntropy(torch.autograd.Function):
                     grad_tile *= grad[here]
                     grad_band[:, :, cols.source] += grad_tile @ cols.weights
                 grad_logits[n, :, rows.source] += rows.weights.T @ grad_band
+
+        _for_each_image(differentiate, len(logits))
         return grad_logits, None, None
+
+
+def _for_each_image(work: Callable[[int], None], images: int) -> None:
+    """Call ``work`` for each image, on as many threads as PyTorch has, each of them without parallel regions.
+
+    A parallel region per tile costs more than the tile when other processes keep the cores busy.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        for image in range(images):
+            work(image)
+        return
+    inference = torch.is_inference_mode_enabled()
+
+    def alone(image: int) -> None:
+        with torch.inference_mode(inference), torch.no_grad():  # these modes belong to the calling thread
+            work(image)
+
+    torch.set_num_threads(1)  # for this thread and those that are started from here on
+    try:
+        with ThreadPoolExecutor(min(threads, max(images, 1))) as pool:
+            list(pool.map(alone, range(images)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Span(NamedTuple):

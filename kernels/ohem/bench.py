@@ -5,7 +5,7 @@
 
 Implementations: ``naive`` is what the reference repository does (upsample, cross entropy, boolean index, topk),
 ``compiled`` is torch.compile of that (fp16, V2's main head and its head at stride 2), ``torch`` and ``cuda`` are those
-of ``loss.impl``. Regimes: all pixels hard (start of training), 8 % hard (trained), 0.2 % hard, which is fewer than n_min,
+of ``loss.impl``. Regimes: all pixels hard (start of training), 8 % (trained), 0.2 %, which is fewer than n_min,
 so that the n_min-th largest must be found. The floor of a head is the larger of the bytes that must move over the
 measured bandwidth of a copy, and the exponentials over their rate; labels are read twice, logits twice, their gradient
 and the float32 loss map are written and the map is read.
@@ -215,7 +215,8 @@ def floor_ms(logits: Tensor, target: Tensor, kept: float, rate: Rates) -> float:
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
     """Run beside so many processes that compute without end."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    work = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with us, however we end
+    others = [subprocess.Popen([sys.executable, "-c", work]) for _ in range(processes)]
     try:
         yield
     finally:

@@ -225,9 +225,13 @@ class LossConfig:
     pixels by their unweighted loss and averages those it keeps with these weights."""
     aux_weight: float = 1.0
     """Weight of each auxiliary head."""
+    impl: str = "auto"
+    """``torch``: PyTorch code, on any device. ``cuda``: the fused kernel, which must be buildable. ``auto``: the kernel
+    where it can run; the log says once which one it is, and why."""
 
     def __post_init__(self) -> None:
         _require_one_of("name", self.name, ("ohem", "cross_entropy"))
+        _require_one_of("impl", self.impl, ("auto", "torch", "cuda"))
         if self.name == "ohem":
             number = type(self.threshold) in (int, float)
             ok = number and 0 < self.threshold <= 1  # type: ignore[operator]
@@ -245,6 +249,8 @@ class LossConfig:
         if isinstance(weights, list):
             ok = all(type(w) in (int, float) and 0 <= w < math.inf for w in weights) and any(weights)
         _require(ok, "class_weights", weights, "null, enet, or a list of weights of at least 0, not all 0")
+        both = self.impl == "cuda" and weights is not None
+        _require(not both, "impl", self.impl, "auto or torch, because the kernel has no class_weights")
         _require(0 <= self.aux_weight < math.inf, "aux_weight", self.aux_weight, "a number of at least 0")
 
 

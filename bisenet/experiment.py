@@ -466,10 +466,10 @@ def _criterion(loss: LossConfig, classes: ClassTable) -> nn.Module:
         accepted = f"one for each of the {classes.num_classes} classes of {classes.name}"
         raise ValueError(f"loss.class_weights: got {len(weights)} weights, accepted: {accepted}")
     if loss.name == "cross_entropy":
-        return CrossEntropy(classes.ignore_index, weights)
+        return CrossEntropy(classes.ignore_index, weights, loss.impl)
     assert loss.threshold is not None
     assert loss.normalizer is not None
-    return OhemCrossEntropy(loss.threshold, loss.min_kept, loss.normalizer, classes.ignore_index, weights)
+    return OhemCrossEntropy(loss.threshold, loss.min_kept, loss.normalizer, classes.ignore_index, weights, loss.impl)
 
 
 def _loggers(cfg: DictConfig, resumed_step: int | None) -> list[Logger]:

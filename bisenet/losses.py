@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bisenet.networks import SegmentationOutput
-from bisenet.ops import NORMALIZERS, cross_entropy, ohem_cross_entropy
+from bisenet.ops import NORMALIZERS, cross_entropy, ohem_cross_entropy, require_implementation
 
 
 class OhemCrossEntropy(nn.Module):
@@ -22,6 +22,11 @@ class OhemCrossEntropy(nn.Module):
         normalizer: divide by the number ``kept`` or by ``at_least_n_min`` (older V1).
         ignore_index: label of the pixels that do not count.
         class_weights: weight of each class in the mean over the pixels kept; None: the plain mean.
+        impl: ``auto``, ``torch`` or ``cuda``, see :func:`bisenet.ops.ohem_cross_entropy`.
+
+    Raises:
+        ValueError: an argument outside its range.
+        RuntimeError: ``impl="cuda"`` where the kernel cannot be built.
     """
 
     class_weights: Tensor | None
@@ -33,6 +38,7 @@ class OhemCrossEntropy(nn.Module):
         normalizer: str = "kept",
         ignore_index: int = 255,
         class_weights: Sequence[float] | None = None,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
         self.register_buffer("class_weights", _weights(class_weights))
@@ -42,10 +48,12 @@ class OhemCrossEntropy(nn.Module):
             raise ValueError(f"min_kept: got {min_kept}, accepted: a float in [0, 1] (fraction) or an int >= 0 (count)")
         if normalizer not in NORMALIZERS:
             raise ValueError(f"normalizer: got {normalizer!r}, accepted: {' | '.join(NORMALIZERS)}")
+        require_implementation(impl)
         self.threshold = threshold
         self.min_kept = min_kept
         self.normalizer = normalizer
         self.ignore_index = ignore_index
+        self.impl = impl
 
     def forward(self, logits: Tensor, target: Tensor, align_corners: bool = False) -> tuple[Tensor, Tensor]:
         """Return loss and number of pixels kept; see :func:`bisenet.ops.ohem_cross_entropy`."""
@@ -58,18 +66,26 @@ class OhemCrossEntropy(nn.Module):
             ignore_index=self.ignore_index,
             align_corners=align_corners,
             class_weights=self.class_weights,
+            impl=self.impl,
         )
 
 
 class CrossEntropy(nn.Module):
-    """Mean cross entropy over all pixels but those labelled ``ignore_index``, weighted by class where that is asked."""
+    """Mean cross entropy over all pixels but those labelled ``ignore_index``, weighted by class where that is asked.
+
+    ``impl`` as for OHEM.
+    """
 
     class_weights: Tensor | None
 
-    def __init__(self, ignore_index: int = 255, class_weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, ignore_index: int = 255, class_weights: Sequence[float] | None = None, impl: str = "auto"
+    ) -> None:
         super().__init__()
+        require_implementation(impl)
         self.ignore_index = ignore_index
         self.register_buffer("class_weights", _weights(class_weights))
+        self.impl = impl
 
     def forward(self, logits: Tensor, target: Tensor, align_corners: bool = False) -> tuple[Tensor, Tensor]:
         """Return loss and number of valid pixels; see :func:`bisenet.ops.cross_entropy`."""
@@ -79,6 +95,7 @@ class CrossEntropy(nn.Module):
             ignore_index=self.ignore_index,
             align_corners=align_corners,
             class_weights=self.class_weights,
+            impl=self.impl,
         )
 
 

@@ -7,9 +7,12 @@ network still gets wrong, and at least a given number of them.
 Shapes: N images, C classes, (h, w) the size of a head, (H, W) the size of the labels.
 """
 
+import logging
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,7 +21,12 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
+from bisenet import kernel
+
+log = logging.getLogger(__name__)
+
 NORMALIZERS = ("kept", "at_least_n_min")
+IMPLEMENTATIONS = ("auto", "torch", "cuda")
 
 _TILE = 64
 """Side of the square of full-size pixels upsampled at a time on the CPU: 19 classes of it stay in the L2 cache."""
@@ -34,6 +42,7 @@ def ohem_cross_entropy(
     ignore_index: int,
     align_corners: bool,
     class_weights: Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Mean cross entropy over the hard pixels of a batch.
 
@@ -54,6 +63,9 @@ def ohem_cross_entropy(
         align_corners: as in ``torch.nn.functional.interpolate``.
         class_weights: float (C,), at least 0. Pixels are selected by their unweighted losses; the mean over those kept
             is then the weighted one, sum(w l) / sum(w), times kept / divisor where the divisor is not their number.
+        impl: ``torch`` is PyTorch code for any device, ``cuda`` the fused kernel (``kernels/README.md``), ``auto`` the
+            kernel where it runs: on CUDA, unless the logits are float64, there are ``class_weights``, or it cannot be
+            compiled. The log says once which of them runs, and why.
 
     Returns:
         The loss (float32, or float64 for float64 logits) and the number of pixels kept (int64), both 0-d. Nothing
@@ -64,27 +76,45 @@ def ohem_cross_entropy(
     Raises:
         ValueError: shapes or dtypes that do not fit; on the CPU, labels that are neither a class nor
             ``ignore_index``. On other devices these make the loss NaN, since raising would stall the device.
+            ``impl="cuda"`` with tensors that the kernel does not take.
+        RuntimeError: ``impl="cuda"`` where the kernel cannot be built.
     """
+    _check(logits, target)
+    hard_loss = -math.log(threshold)
+    if _use_kernel(impl, logits, target, class_weights):
+        at_least, divisor = _as_fraction(min_kept)
+        kept_only = normalizer == "kept"
+        return kernel.ohem(logits, target, hard_loss, at_least, divisor, kept_only, ignore_index, align_corners)[:2]
     on_host = logits.device.type == "cpu"
     losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, on_host)
-    n_min = _n_min(valid, min_kept)
-    cut = -math.log(threshold)
+    at_least, divisor = _as_fraction(min_kept)
+    n_min = valid * at_least // divisor if divisor else torch.full_like(valid, at_least)
     n_least = torch.minimum(n_min, valid)
     if class_weights is None:
-        total, kept = _sum_of_hardest(losses, cut, n_least, on_host)
+        total, kept = _sum_of_hardest(losses, hard_loss, n_least, on_host)
     else:
-        share, kept = _kept_share(losses.masked_fill(target == ignore_index, -1.0), cut, n_least, on_host)
+        share, kept = _kept_share(losses.masked_fill(target == ignore_index, -1.0), hard_loss, n_least, on_host)
         total = kept * _weighted_mean(losses, share, target, class_weights)
     return _mean(total, kept if normalizer == "kept" else torch.maximum(kept, n_min), logits), kept
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, *, ignore_index: int, align_corners: bool, class_weights: Tensor | None = None
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int,
+    align_corners: bool,
+    class_weights: Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Mean cross entropy over the valid pixels, and their number: :func:`ohem_cross_entropy` that keeps them all.
 
     With ``class_weights`` it is the weighted mean of ``torch.nn.CrossEntropyLoss``.
     """
+    _check(logits, target)
+    if _use_kernel(impl, logits, target, class_weights):
+        everything = -0.5  # a loss is never negative, so all are above this one
+        return kernel.ohem(logits, target, everything, 0, 0, True, ignore_index, align_corners)[:2]
     losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, logits.device.type == "cpu")
     if class_weights is None:
         return _mean(losses.sum(), valid, logits), valid
@@ -109,6 +139,60 @@ def _kept_share(losses: Tensor, threshold: float, n_min: Tensor, on_host: bool) 
         return torch.autograd.grad(total, leaf)[0], kept
 
 
+def require_implementation(impl: str) -> None:
+    """Raise, before anything expensive, where ``impl`` is unknown (ValueError) or cannot be built (RuntimeError)."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: got {impl!r}, accepted: {' | '.join(IMPLEMENTATIONS)}")
+    if impl == "cuda" and (reason := kernel.why_not()):
+        raise RuntimeError(f"impl 'cuda': the kernel cannot be built: {reason}")
+
+
+def _check(logits: Tensor, target: Tensor) -> None:
+    if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not fit together; "
+            "accepted are (N, C, h, w) and (N, H, W)"
+        )
+    if target.dtype not in kernel.LABEL_TYPES:
+        raise ValueError(f"target has dtype {target.dtype}; accepted are torch.uint8 and torch.int64")
+
+
+def _use_kernel(impl: str, logits: Tensor, target: Tensor, class_weights: Tensor | None) -> bool:
+    if impl == "torch" or (impl == "auto" and class_weights is not None):
+        return False
+    if class_weights is not None:
+        raise ValueError(
+            "impl: got 'cuda' with class_weights, accepted: auto or torch; the kernel has no class weights"
+        )
+    return _known_to_run(impl, logits.device, logits.dtype, target.dtype, logits.shape[1])
+
+
+@torch.compiler.assume_constant_result
+def _known_to_run(*arguments: Any) -> bool:
+    return _kernel_runs(*arguments)  # torch.compile would look through the cache if it were decorated itself
+
+
+@cache
+def _kernel_runs(impl: str, device: torch.device, dtype: torch.dtype, label_dtype: torch.dtype, classes: int) -> bool:
+    """Whether the kernel runs; says so, once for each kind of argument."""
+    if device.type != "cuda" or dtype not in kernel.LOGIT_TYPES:
+        if impl == "cuda":
+            raise ValueError(
+                f"impl: got 'cuda' with {dtype} logits on {device}; the kernel takes "
+                f"{', '.join(map(str, kernel.LOGIT_TYPES))} on a CUDA device (impl 'auto' and 'torch' take any)"
+            )
+        log.info("loss: PyTorch implementation, for %s logits on %s", dtype, device)
+        return False
+    reason = kernel.why_not(device, kernel.specialize(dtype, label_dtype, classes))
+    if reason and impl == "cuda":
+        raise RuntimeError(f"impl 'cuda': the kernel cannot be built: {reason}")
+    if reason:
+        log.warning("loss: PyTorch implementation, because the CUDA kernel cannot be built: %s", reason)
+    else:
+        log.info("loss: CUDA kernel, for %s logits of %d classes on %s", dtype, classes, device)
+    return not reason
+
+
 def _mean(total: Tensor, count: Tensor, logits: Tensor) -> Tensor:
     """``total / count``, 0 when nothing counts, NaN when a logit is (though it may touch ignored pixels only)."""
     if logits.numel():
@@ -116,11 +200,11 @@ def _mean(total: Tensor, count: Tensor, logits: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
 
-def _n_min(valid: Tensor, min_kept: float | int) -> Tensor:
+def _as_fraction(min_kept: float | int) -> tuple[int, int]:
+    """n_min as a share of the valid pixels, exact in integers (0.29 of 100 is 29, in float 28); a count is over 0."""
     if isinstance(min_kept, int):
-        return torch.full_like(valid, min_kept)
-    fraction = Fraction(min_kept).limit_denominator(10**9)  # exact in integers: 0.29 of 100 is 29, in float 28
-    return valid * fraction.numerator // fraction.denominator
+        return min_kept, 0
+    return Fraction(min_kept).limit_denominator(10**9).as_integer_ratio()
 
 
 def _sum_of_hardest(losses: Tensor, threshold: float, n_min: Tensor, on_host: bool) -> tuple[Tensor, Tensor]:
@@ -151,13 +235,6 @@ def _pixel_losses(
     logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool, on_host: bool
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of every pixel (N, H, W), 0 where ignored, and the number of valid pixels (0-d int64)."""
-    if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not fit together; "
-            "accepted are (N, C, h, w) and (N, H, W)"
-        )
-    if target.dtype not in (torch.uint8, torch.int64):
-        raise ValueError(f"target has dtype {target.dtype}; accepted are torch.uint8 and torch.int64")
     if logits.dtype != torch.float64:
         logits = logits.float()
     classes = logits.shape[1]
@@ -198,13 +275,16 @@ class _TiledCrossEntropy(torch.autograd.Function):
         sizes = zip(logits.shape[2:], labels.shape[1:], strict=True)
         ctx.spans = [_spans(*size, align_corners, logits.dtype) for size in sizes]
         losses = logits.new_empty(labels.shape)
-        for n in range(len(logits)):
+
+        def score(n: int) -> None:
             for rows in ctx.spans[0]:
                 band = rows.weights @ logits[n, :, rows.source]  # (C, <= 64, w)
                 for cols in ctx.spans[1]:
                     tile = band[:, :, cols.source] @ cols.weights.T  # (C, <= 64, <= 64)
                     here = n, rows.pixels, cols.pixels
                     losses[here] = F.cross_entropy(tile[None], labels[here].long()[None], reduction="none")[0]
+
+        _for_each_image(score, len(logits))
         return losses
 
     @staticmethod
@@ -213,7 +293,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, labels = ctx.saved_tensors
         grad_logits = torch.zeros_like(logits)
-        for n in range(len(logits)):
+
+        def differentiate(n: int) -> None:
             for rows in ctx.spans[0]:
                 band = rows.weights @ logits[n, :, rows.source]
                 grad_band = torch.zeros_like(band)
@@ -227,7 +308,33 @@ class _TiledCrossEntropy(torch.autograd.Function):
                     grad_tile *= grad[here]
                     grad_band[:, :, cols.source] += grad_tile @ cols.weights
                 grad_logits[n, :, rows.source] += rows.weights.T @ grad_band
+
+        _for_each_image(differentiate, len(logits))
         return grad_logits, None, None
+
+
+def _for_each_image(work: Callable[[int], None], images: int) -> None:
+    """Call ``work`` for each image, on as many threads as PyTorch has, each of them without parallel regions.
+
+    A parallel region per tile costs more than the tile when other processes keep the cores busy.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        for image in range(images):
+            work(image)
+        return
+    inference = torch.is_inference_mode_enabled()
+
+    def alone(image: int) -> None:
+        with torch.inference_mode(inference), torch.no_grad():  # these modes belong to the calling thread
+            work(image)
+
+    torch.set_num_threads(1)  # for this thread and those that are started from here on
+    try:
+        with ThreadPoolExecutor(min(threads, max(images, 1))) as pool:
+            list(pool.map(alone, range(images)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Span(NamedTuple):

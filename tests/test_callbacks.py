@@ -146,7 +146,7 @@ def read_wandb(run_dir: Path) -> Recorded:
 def everything(tmp_path_factory: pytest.TempPathFactory, shapes: str) -> Path:
     """Six steps with all that can be switched on; seed 3, since the fixture must not show what is true by default."""
     folder = tmp_path_factory.mktemp("runs") / "all"
-    run(folder, shapes, *loggers(folder), "name=sweep", "seed=3", "data.batch_size=4", "trainer.accumulate=2",
+    run(folder, shapes, *loggers(folder), "sweep.name=sweep", "seed=3", "data.batch_size=4", "trainer.accumulate=2",
         "trainer.ema_decay=0.5", "trainer.gradient_clip=0.5", "deterministic=true",
         "loss.class_weights=enet")  # fmt: skip
     assert torch.are_deterministic_algorithms_enabled()

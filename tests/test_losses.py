@@ -286,6 +286,24 @@ def test_autocast_and_memory_format_change_nothing():
     assert torch.equal(again, loss)
 
 
+def test_the_number_of_threads_changes_nothing_and_is_left_as_it_was():
+    case = make_case(images=3, dtype=torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            loss, _ = ohem(*case)
+            results.append((loss, gradient(loss, case.logits)))
+            with torch.inference_mode():
+                assert ohem(*case)[0] == loss
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_a_loss_first_computed_in_inference_mode_trains_afterwards():
     """The interpolation weights are kept from call to call."""
     case = make_case(size=(6, 11), full_size=(41, 59))

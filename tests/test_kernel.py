@@ -1,0 +1,570 @@
+"""The fused kernel against the float64 oracle of the losses: on the CPU, where g++ compiles the same source (see
+cuda_shim.h), and on a GPU (``pytest -m gpu``). Without a GPU the compiler for one must still accept it, without spills.
+"""
+
+import ctypes
+import io
+import logging
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from test_losses import IGNORE, Case, gradient, make_case, oracle
+from torch import Tensor
+from torch.nn import functional as F
+
+from bisenet import kernel, ops
+from bisenet.losses import CrossEntropy, OhemCrossEntropy
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+RULE = {"threshold": 0.7, "min_kept": 0.0625, "normalizer": "kept", "align": False}
+
+
+@cache
+def compiled_for_cpu(specialization: kernel.Specialization) -> ctypes.CDLL:
+    path = Path(tempfile.mkdtemp(prefix="ohem-")) / "ohem.so"
+    macros = [("OHEM_SOURCE", f'"{kernel.source_path()}"'), *specialization.macros]
+    options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    source = ["-x", "c++", str(ROOT / "tests" / "cuda_shim.h")]
+    subprocess.run(["g++", *options, *[f"-D{k}={v}" for k, v in macros], *source, "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
+
+
+class CpuLibrary:
+    """The kernels on the CPU, with ``block`` threads."""
+
+    multiprocessors = 1
+
+    def __init__(self, block: int, specialization: kernel.Specialization) -> None:
+        self.block = block
+        self._library = compiled_for_cpu(specialization)
+
+    def launch(self, kernel_name: str, grid: int, *arguments: kernel.Argument) -> None:
+        values = [
+            ctypes.c_void_p(value.data_ptr())
+            if isinstance(value, Tensor)
+            else ctypes.c_longlong(value)
+            if isinstance(value, int)
+            else ctypes.c_float(value)
+            for value in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
+        getattr(self._library, f"launch_{kernel_name}")(ctypes.c_uint(grid), ctypes.c_uint(self.block), pointers)
+
+
+@pytest.fixture(params=["sequential", "threads", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where the kernel runs: one thread after another, 32 threads to a block with barriers, or for real."""
+    if request.param == "gpu":
+        if reason := kernel.why_not():
+            pytest.skip(reason)
+        return torch.device("cuda")
+    if not shutil.which("g++"):
+        pytest.skip("no g++ to compile the kernel for the CPU")
+    compiled_for_cpu(kernel.Specialization("float", "uint8", 19))  # an error in it is no matter for hypothesis
+    block = {"sequential": 1, "threads": 32}[request.param]
+    monkeypatch.setattr(kernel, "library", lambda _, specialization: CpuLibrary(block, specialization))
+    return torch.device("cpu")
+
+
+def forward(logits: Tensor, target: Tensor, *, threshold, min_kept, normalizer, align) -> tuple[Tensor, ...]:
+    fraction = ops._as_fraction(min_kept)
+    return kernel.ohem(logits, target, -math.log(threshold), *fraction, normalizer == "kept", IGNORE, align)
+
+
+def ohem(case: Case, **changes: Any) -> tuple[Tensor, Tensor]:
+    loss, kept, _, _ = forward(*case, **{**RULE, **changes})
+    return loss, kept
+
+
+def cases(dtype: torch.dtype, device: torch.device, **changes: Any) -> Case:
+    logits, target = make_case(**{"dtype": dtype, **changes})
+    return Case(logits.detach().to(device).requires_grad_(), target.to(device))
+
+
+def stock(case: Case, *, threshold, min_kept, normalizer, align) -> tuple[Tensor, int]:
+    """The usual composition: interpolate and cross entropy in float32, sort."""
+    full = F.interpolate(case.logits.float(), case.target.shape[-2:], mode="bilinear", align_corners=align)
+    losses = F.cross_entropy(full, case.target.long(), ignore_index=IGNORE, reduction="none")
+    losses = losses[case.target != IGNORE].sort(descending=True).values
+    n_min = min_kept if isinstance(min_kept, int) else math.floor(len(losses) * min_kept + 1e-9)
+    kept = max(int((losses > -math.log(threshold)).sum()), min(n_min, len(losses)))
+    return losses[:kept].sum() / max(kept, n_min if normalizer == "at_least_n_min" else 0, 1), kept
+
+
+def unambiguous(case: Case, *, threshold, min_kept, normalizer, align) -> bool:
+    """Whether float32 and float64 must keep the same pixels: no loss is a rounding error away from the cut."""
+    full = F.interpolate(case.logits.double(), case.target.shape[-2:], mode="bilinear", align_corners=align)
+    losses = F.cross_entropy(full, case.target.long(), ignore_index=IGNORE, reduction="none")
+    losses = losses[case.target != IGNORE].sort(descending=True).values
+    _, kept = oracle(*case, threshold=threshold, min_kept=min_kept, normalizer=normalizer, align=align)
+    margins = (losses + math.log(threshold)).abs()
+    gap = losses[kept - 1] - losses[kept] if 0 < kept < len(losses) else 1.0
+    return bool(margins.numel() == 0 or margins.min() > 2e-5) and bool(gap > 2e-5)
+
+
+def assert_as_good_as_stock(case: Case, *, tolerance: float = 2e-6, **rule: Any) -> None:
+    """Count right, value and gradient no further from the truth than the stock float32 composition, plus a little."""
+    rule = {**RULE, **rule}
+    truth, true_kept = oracle(*case, **rule)
+    common, _ = stock(case, **rule)
+    ours, kept = ohem(case, **rule)
+    assert kept.dtype == torch.int64
+    assert ours.dtype == torch.float32
+    assert kept == true_kept
+    true_gradient, common_gradient, our_gradient = (gradient(loss, case.logits) for loss in (truth, common, ours))
+    assert our_gradient.dtype == case.logits.dtype
+    assert our_gradient.stride() == torch.empty_like(case.logits).stride()
+    assert (ours - truth).abs() <= (common - truth).abs() + tolerance * (1 + truth.abs())
+    if case.logits.numel():
+        exact = true_gradient.double()
+        allowed = (common_gradient.double() - exact).abs().max() + 5 * tolerance * exact.abs().max()
+        assert (our_gradient.double() - exact).abs().max() <= allowed
+
+
+sides = st.integers(1, 9)
+full_sides = st.one_of(st.integers(1, 20), st.integers(33, 70))
+shapes = st.fixed_dictionaries(
+    {
+        "images": st.integers(0, 2),
+        "size": st.tuples(sides, sides),
+        "full_size": st.tuples(full_sides, full_sides),
+        "confidence": st.sampled_from([0.0, 4.0, 9.0]),
+        "ignored": st.sampled_from([0.0, 0.3, 0.97, 1.0]),
+        "seed": st.integers(0, 2**16),
+    }
+)
+rules = st.fixed_dictionaries(
+    {
+        "threshold": st.sampled_from([1e-9, 0.1, 0.7]),
+        "min_kept": st.one_of(st.sampled_from([0.0, 0.0625, 0.5, 1.0]), st.integers(0, 6000)),
+        "normalizer": st.sampled_from(["kept", "at_least_n_min"]),
+        "align": st.booleans(),
+    }
+)
+same_fixture_for_all = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "label_dtype"),
+    [(torch.float32, torch.uint8), (torch.float16, torch.uint8), (torch.bfloat16, torch.int64)],
+    ids=["float32", "float16", "bfloat16, int64 labels"],
+)
+@same_fixture_for_all
+@given(shape=shapes, rule=rules, channels_last=st.booleans())
+def test_value_count_and_gradient_of_19_classes(device, dtype, label_dtype, shape, rule, channels_last):
+    case = cases(dtype, device, **shape)
+    if channels_last:
+        logits = case.logits.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        case = Case(logits, case.target)
+    case = Case(case.logits, case.target.to(label_dtype))
+    assume(unambiguous(case, **rule))
+    assert_as_good_as_stock(case, **rule)
+
+
+@same_fixture_for_all
+@given(shape=shapes, rule=rules, classes=st.one_of(st.integers(1, 40), st.integers(200, 256)))
+def test_value_count_and_gradient_of_any_number_of_classes(device, shape, rule, classes):
+    shape["images"] = min(shape["images"], 1)
+    case = cases(torch.float32, device, classes=classes, **shape)
+    if classes == 256:
+        case.target[case.target == IGNORE] = 0
+    assume(unambiguous(case, **rule))
+    with patch.object(kernel, "MAX_SPECIALIZED_CLASSES", 0):
+        assert_as_good_as_stock(case, **rule)
+
+
+@pytest.mark.parametrize("classes", [2, 33])
+@pytest.mark.parametrize("layout", ["channels first", "channels last", "a slice"])
+def test_few_and_many_classes_in_any_layout(device, classes, layout):
+    case = cases(torch.float32, device, classes=classes)
+    logits = case.logits.detach()
+    if layout == "channels last":
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    elif layout == "a slice":
+        logits = torch.stack([logits, logits + 1], -1).repeat(1, 2, 1, 1, 1)[:, :classes, ..., 0]
+    assert_as_good_as_stock(Case(logits.requires_grad_(), case.target))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (37, 53), (50, 60), (4, 53), (37, 5)], ids=str)
+@pytest.mark.parametrize("align", [False, True])
+def test_sizes_at_the_edge(device, size, align):
+    """One logit for all pixels (more than a block has threads), no upsampling, downsampling, one axis only."""
+    case = cases(torch.float32, device, size=size)
+    assert_as_good_as_stock(case, align=align)
+
+
+def test_a_batch_of_32(device):
+    assert_as_good_as_stock(cases(torch.float16, device, images=32, full_size=(20, 30)))
+
+
+@pytest.mark.parametrize(
+    ("confidence", "rule"),
+    [
+        (0.0, {"threshold": 0.9}),  # all hard
+        (9.0, {"threshold": 1e-9, "min_kept": 0}),  # all easy, nothing kept
+        (9.0, {"threshold": 1e-9, "min_kept": 0.01}),
+        (4.0, {"min_kept": 10**6}),  # fewer valid pixels than n_min
+        (4.0, {"min_kept": 10**6, "normalizer": "at_least_n_min"}),
+        (4.0, {"threshold": 1e-9, "min_kept": 1}),
+    ],
+    ids=str,
+)
+def test_rules_at_the_edge(device, confidence, rule):
+    assert_as_good_as_stock(cases(torch.float32, device, confidence=confidence), **rule)
+
+
+@pytest.mark.parametrize("ignored", [0.3, 1.0])
+def test_cross_entropy_keeps_all(device, ignored, monkeypatch):
+    monkeypatch.setattr(ops, "_use_kernel", lambda *_: True)
+    case = cases(torch.float32, device, ignored=ignored)
+    loss, kept = CrossEntropy()(*case)
+    truth, true_kept = oracle(*case, threshold=0.7, min_kept=1.0, normalizer="kept", align=False)
+    assert kept == true_kept
+    torch.testing.assert_close(loss.double(), truth)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("min_kept", [0, 1000, 0.5])
+@pytest.mark.parametrize("normalizer", ["kept", "at_least_n_min"])
+def test_nothing_valid_gives_zero_with_a_zero_gradient(device, images, min_kept, normalizer):
+    case = cases(torch.float32, device, images=images, ignored=1.0)
+    loss, kept = ohem(case, min_kept=min_kept, normalizer=normalizer)
+    assert loss == kept == 0
+    assert not gradient(loss, case.logits).any()
+
+
+@same_fixture_for_all
+@given(
+    values=st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0, 60.0]), min_size=1, max_size=4, unique=True),
+    pixels=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
+    min_kept=st.one_of(st.integers(0, 2000), st.floats(0, 1)),
+    seed=st.integers(0, 999),
+)
+def test_the_selection_is_exact_for_any_ties(device, values, pixels, min_kept, seed):
+    """Few different losses; judged against a sort of the kernel's own loss map, so that nothing is rounded."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.tensor(values)[torch.randint(len(values), (pixels[0], 2, *pixels[1:]), generator=draw)].to(device)
+    target = torch.randint(2, pixels, generator=draw).to(torch.uint8).to(device)
+    target[:, ::3] = IGNORE
+    with patch.object(kernel, "MAX_SPECIALIZED_CLASSES", 0):
+        loss, kept, losses, selection = forward(logits, target, **{**RULE, "threshold": 0.2, "min_kept": min_kept})
+    cut, share, scale = selection.tolist()
+    assert torch.equal(losses == -1, target == IGNORE)
+    ordered = losses[target != IGNORE].double().sort(descending=True).values
+    numerator, denominator = ops._as_fraction(min_kept)
+    n_min = min(len(ordered) * numerator // denominator if denominator else numerator, len(ordered))
+    hard = int((losses > cut).sum()) if share == 0 else -1
+    if share == 0:
+        assert hard >= n_min
+        assert cut == pytest.approx(-math.log(0.2))
+    else:
+        assert cut == ordered[n_min - 1]
+        above = int((ordered > cut).sum())
+        assert share == pytest.approx((n_min - above) / int((ordered == cut).sum()))
+    expected = max(n_min, hard)
+    assert kept == expected
+    assert scale == pytest.approx(1 / max(expected, 1))
+    assert loss.item() == pytest.approx((ordered[:expected].sum() / max(expected, 1)).item(), rel=1e-6)
+
+
+def test_ties_at_the_cut_share_the_remaining_weight(device):
+    case = cases(torch.float32, device, images=1, size=(6, 6), full_size=(6, 6), ignored=0.0)
+    logits = torch.zeros_like(case.logits.detach()).requires_grad_()
+    loss, kept = ohem(Case(logits, case.target), threshold=1e-9, min_kept=7)
+    assert kept == 7
+    assert loss.item() == pytest.approx(math.log(19))
+    expected = gradient(F.cross_entropy(logits.double(), case.target.long()), logits)
+    torch.testing.assert_close(gradient(loss, logits), expected)
+
+
+def test_the_same_bits_every_time(device):
+    case = cases(torch.float32, device, full_size=(150, 130), confidence=2.0)
+    for rule in ({}, {"threshold": 1e-9, "min_kept": 0.3}):
+        first, second = (ohem(case, **rule)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        assert torch.equal(gradient(first, case.logits), gradient(second, case.logits))
+
+
+@pytest.mark.parametrize("rule", [{}, {"threshold": 1e-9}, {"threshold": 1e-9, "min_kept": 0}], ids=str)
+@pytest.mark.parametrize("full_size", [(37, 53), (5, 7), (3, 3)], ids=["upsampled", "same size", "downsampled"])
+@pytest.mark.parametrize("where", ["valid", "ignored"])
+def test_a_nan_logit_gives_nan(device, rule, full_size, where):
+    case = cases(torch.float32, device, full_size=full_size, ignored=0.0)
+    if where == "ignored":
+        case.target[1] = IGNORE
+    with torch.no_grad():
+        case.logits[1, 3, 2, 2] = math.nan
+    for limit in (kernel.MAX_SPECIALIZED_CLASSES, 0):
+        with patch.object(kernel, "MAX_SPECIALIZED_CLASSES", limit):
+            loss, _ = ohem(case, **rule)
+            assert loss.isnan()
+            assert gradient(loss, case.logits).isnan().all()
+
+
+def test_infinite_logits(device):
+    case = cases(torch.float32, device, full_size=(5, 7), ignored=0.0)
+    absent, label = case.logits.detach().clone(), case.logits.detach().clone()
+    case.target.clamp_(max=17)
+    absent[:, 18] = -math.inf  # a class that is nowhere
+    loss, _ = ohem(Case(absent.requires_grad_(), case.target))
+    truth, _ = oracle(absent[:, :18], case.target, **RULE)
+    torch.testing.assert_close(loss.double(), truth)
+    assert gradient(loss, absent).isfinite().all()
+    label[0, case.target[0, 0, 0].long(), 0, 0] = -math.inf
+    assert ohem(Case(label, case.target))[0] == math.inf
+    assert ohem(Case(-label, case.target))[0].isnan()
+    full = F.interpolate(case.target[:, None].float(), (20, 28))[:, 0].to(torch.uint8)
+    for sign in (1, -1):
+        assert not ohem(Case(sign * label, full))[0].isfinite()
+
+
+@pytest.mark.parametrize(("dtype", "labels"), [(torch.uint8, [19, 254]), (torch.int64, [-1, 19, 2**40, -(2**62)])])
+def test_labels_outside_the_classes_give_nan_and_are_never_used_as_an_index(device, dtype, labels):
+    for label in labels:
+        logits, target = cases(torch.float32, device)
+        target = target.to(dtype)
+        target[0, 3, 4] = label
+        loss, _ = ohem(Case(logits, target))
+        assert loss.isnan()
+        assert gradient(loss, logits).isnan().all()
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 3, 300])
+def test_any_ignore_index(device, ignore_index):
+    logits, target = cases(torch.float32, device, ignored=0.0)
+    target = target.long()
+    target[:, ::3] = ignore_index
+    loss = kernel.ohem(logits, target, -0.5, 0, 0, True, ignore_index, False)[0]
+    full = F.interpolate(logits.double(), target.shape[-2:], mode="bilinear")
+    torch.testing.assert_close(loss.double(), F.cross_entropy(full, target, ignore_index=ignore_index))
+
+
+# --------------------------------------------------------------------------------------------- PyTorch's operators
+
+
+def test_the_operators_pass_opcheck(device):
+    for dtype in (torch.float32, torch.float16):
+        case = cases(dtype, device, size=(3, 4), full_size=(9, 11))
+        arguments = (-math.log(0.7), 1, 16, True, IGNORE, False)
+        torch.library.opcheck(kernel.ohem, (*case, *arguments))
+        loss, _, losses, selection = kernel.ohem(*case, *arguments)
+        values = (torch.ones_like(loss), case.logits.detach(), case.target, losses, selection, False)
+        torch.library.opcheck(kernel.ohem_backward, values)
+
+
+def test_traced_as_one_graph_with_the_same_result(device, monkeypatch):
+    monkeypatch.setattr(ops, "_use_kernel", lambda *_: True)
+    case = cases(torch.float32, device)
+    criterion = OhemCrossEntropy()
+    traced = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    results = [(loss, kept, gradient(loss, case.logits)) for loss, kept in (criterion(*case), traced(*case))]
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_choice_is_made_while_tracing():
+    logits, target = make_case(dtype=torch.float32)
+    traced = torch.compile(
+        lambda x: 2 * x if ops._use_kernel("auto", x, target) else 3 * x, fullgraph=True, backend="eager"
+    )
+    assert torch.equal(traced(logits), 3 * logits)
+
+
+def test_the_gradient_is_that_of_the_scaled_loss_under_autocast(device):
+    case = cases(torch.float32, device)
+    loss, _ = ohem(case)
+    expected = gradient(loss, case.logits) * 1024.0
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        again, _ = ohem(case)
+        assert torch.equal(again, loss)
+    assert torch.equal(gradient(again * 1024.0, case.logits), expected)
+
+
+def test_the_choice_of_an_implementation(caplog):
+    logits, target = make_case(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"impl: got 'best'.*auto \| torch \| cuda"):
+        OhemCrossEntropy(impl="best")
+    with pytest.raises(ValueError, match=r"impl: got 'cuda' with torch\.float32 logits on cpu"):
+        ops.cross_entropy(logits, target, ignore_index=IGNORE, align_corners=False, impl="cuda")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="impl 'cuda': the kernel cannot be built: no CUDA device"):
+            CrossEntropy(impl="cuda")
+    ops._kernel_runs.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            OhemCrossEntropy()(logits, target)
+    assert [record.getMessage() for record in caplog.records if "loss:" in record.getMessage()] == [
+        "loss: PyTorch implementation, for torch.float32 logits on cpu"
+    ]
+
+
+def test_a_kernel_that_cannot_be_built_is_replaced_and_said_so(monkeypatch, caplog):
+    monkeypatch.setattr(kernel, "why_not", lambda *_: "ImportError: No module named 'cuda'")
+    arguments = (torch.device("cuda", 7), torch.float16, torch.uint8, 19)
+    assert not ops._kernel_runs("auto", *arguments)
+    assert "PyTorch implementation, because the CUDA kernel cannot be built: ImportError" in caplog.text
+    with pytest.raises(RuntimeError, match="cannot be built: ImportError"):
+        ops._kernel_runs("cuda", *arguments)
+
+
+def test_the_source_is_in_the_wheel(tmp_path):
+    pytest.importorskip("hatchling", reason="hatchling is not installed")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path)
+    installed = tmp_path / "bisenet" / "kernels" / "ohem" / "ohem.cu"
+    assert installed.read_bytes() == kernel.source_path().read_bytes()
+    with patch.object(kernel, "__file__", str(tmp_path / "bisenet" / "kernel.py")):
+        assert kernel.source_path() == installed
+
+
+# ----------------------------------------------------------------------------------------------- compiled for CUDA
+
+
+def spills(arch: str, logit: str, label: str, classes: int) -> dict[str, int]:
+    """Bytes that each kernel spills, by ptxas."""
+    for module in ("cuda.core", "cuda.bindings.nvrtc"):
+        pytest.importorskip(module, reason="cuda-core is not installed: pip install 'bisenet[cuda]'")
+    log = io.StringIO()
+    try:
+        kernel.compile_source(arch, kernel.Specialization(logit, label, classes), logs=log)
+    except Exception as error:
+        if "DynamicLibNotFound" in type(error).__name__:
+            pytest.skip(f"no NVRTC: {error}")
+        raise
+    rule = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores"
+    found = {name: int(spilled) for name, spilled in re.findall(rule, log.getvalue(), re.DOTALL)}
+    assert set(found) == {"ohem_forward", "ohem_refine", "ohem_backward"}
+    return found
+
+
+def assert_no_spills(arch: str, logit: str, label: str, classes: int) -> None:
+    assert not any(spills(arch, logit, label, classes).values())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_it_compiles_without_spills(arch):
+    assert_no_spills(arch, "half", "uint8", 19)
+
+
+@pytest.mark.parametrize(("logit", "label", "classes"), [("float", "int64", 19), ("bfloat16", "uint8", 0)])
+def test_its_variants_compile_without_spills(logit, label, classes):
+    assert_no_spills("sm_90", logit, label, classes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("classes", [0, 2, 11, 19, 20, 32])
+def test_all_variants_compile_without_spills(arch, classes):
+    for logit in kernel.LOGIT_TYPES.values():
+        assert_no_spills(arch, logit, "uint8", classes)
+
+
+# -------------------------------------------------------------------------------------------------- only on a GPU
+
+
+@pytest.fixture
+def cuda():
+    if reason := kernel.why_not():
+        pytest.skip(reason)
+    return torch.device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stride", [2, 4, 8, 16])
+def test_full_size_heads_on_a_gpu(cuda, dtype, stride):
+    size = (512 // stride, 1024 // stride)
+    case = cases(dtype, cuda, images=2, size=size, full_size=(512, 1024), confidence=6.0)
+    assert_as_good_as_stock(case, min_kept=0, tolerance=1e-5)
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation_on_a_gpu(cuda):
+    case = cases(torch.float16, cuda)
+    for impl in ("cuda", "torch"):
+        criterion = OhemCrossEntropy(impl=impl)
+        criterion(*case)[0].backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss, _ = criterion(*case)
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_torch_compile_on_a_gpu(cuda):
+    case = cases(torch.float16, cuda)
+    criterion = OhemCrossEntropy(impl="cuda")
+    loss, kept = torch.compile(criterion, fullgraph=True)(*case)
+    expected, expected_kept = criterion(*case)
+    assert torch.equal(loss, expected)
+    assert torch.equal(kept, expected_kept)
+    assert torch.equal(gradient(loss, case.logits), gradient(expected, case.logits))
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph(cuda):
+    case = cases(torch.float16, cuda)
+    criterion = OhemCrossEntropy(impl="cuda")
+    warmup = torch.cuda.Stream()
+    with torch.cuda.stream(warmup):
+        gradient(criterion(*case)[0], case.logits)
+    torch.cuda.current_stream().wait_stream(warmup)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, kept = criterion(*case)
+        slope = gradient(loss, case.logits)
+    other = cases(torch.float16, cuda, seed=1)
+    with torch.no_grad():
+        case.logits.copy_(other.logits)
+        case.target.copy_(other.target)
+    graph.replay()
+    expected, expected_kept = criterion(*other)
+    assert torch.equal(loss, expected)
+    assert torch.equal(kept, expected_kept)
+    assert torch.equal(slope, gradient(expected, other.logits))
+
+
+@pytest.mark.gpu
+def test_memory_is_a_loss_map_and_the_gradient(cuda):
+    case = cases(torch.float16, cuda, images=4, size=(64, 128), full_size=(512, 1024))
+    criterion = OhemCrossEntropy(impl="cuda")
+    gradient(criterion(*case)[0], case.logits)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradient(criterion(*case)[0], case.logits)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= 4 * case.target.numel() + 2 * case.logits.numel() + 2**20
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements(cuda):
+    """Offsets beyond 32 bits: the last of 160 images alone must give the same loss as in the batch."""
+    if torch.cuda.get_device_properties(cuda).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    logits = torch.zeros(160, 19, 768, 1024, dtype=torch.float16, device=cuda)
+    logits[-1].normal_(std=3.0)
+    target = torch.full((160, 768, 1024), IGNORE, dtype=torch.uint8, device=cuda)
+    target[-1].random_(0, 19)
+    last = logits[-1:].clone().requires_grad_()
+    loss, kept = OhemCrossEntropy(impl="cuda")(logits.requires_grad_(), target)
+    alone, alone_kept = OhemCrossEntropy(impl="cuda")(last, target[-1:])
+    assert kept == alone_kept
+    torch.testing.assert_close(loss, alone)
+    torch.testing.assert_close(gradient(loss, logits)[-1], gradient(alone, last)[0])

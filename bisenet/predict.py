@@ -107,7 +107,7 @@ def run(segmenter: Segmenter, sources: Sequence[Source], cfg: PredictConfig, fol
     Returns:
         One message for each source that could not be read, naming it; all others are written.
     """
-    if cfg.legend:
+    if cfg.legend and (cfg.overwrite or not (folder / "legend.png").exists()):
         classes = segmenter.classes
         key = legend(classes.names, classes.palette, range(classes.num_classes), width=1024)
         _write_file(folder / "legend.png", _encode(key, ".png"))
@@ -233,6 +233,10 @@ class _Writer:
         self.number = 0
 
     def __enter__(self) -> Self:
+        if self.source.is_stream and self.cfg.overwrite:  # a longer video may have been here
+            for kind, target in self.targets.items():
+                for frame in target.glob("[0-9]*.png") if kind != "overlay" else ():
+                    frame.unlink()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -280,10 +284,10 @@ class _Writer:
         if self.video is None:
             target.parent.mkdir(parents=True, exist_ok=True)
             codec = cv2.VideoWriter.fourcc(*_CODEC)
-            self.video = cv2.VideoWriter(str(_draft(target)), codec, _frame_rate(self.source), (width, height))
-            self.size = (height, width)
-            if not self.video.isOpened():
+            video = cv2.VideoWriter(str(_draft(target)), codec, _frame_rate(self.source), (width, height))
+            if not video.isOpened():
                 raise OSError(f"{target} cannot be written: OpenCV has no encoder for {_CODEC} here, or no place")
+            self.video, self.size = video, (height, width)
         if (height, width) != self.size:  # OpenCV would leave the frame out and say nothing
             raise UnreadableInput(f"{self.source.origin}: frame {self.number} has another size than the first")
         below, right = height - picture.shape[0], width - picture.shape[1]

@@ -194,6 +194,8 @@ def test_a_video_becomes_a_video_and_its_masks_numbered_files(classes: ClassTabl
     assert run(clip, tmp_path / "bare", classes, legend=False) == []
     assert [f.shape for f in frames_of(tmp_path / "bare" / "overlay" / "clip.mp4")] == [(64, 96, 3)] * 4
     assert files(tmp_path / "bare") == {"overlay/clip.mp4"}
+    assert run(clip, tmp_path / "out", classes, max_frames=1, train_ids=True, overwrite=True) == []
+    assert files(tmp_path / "out") == {"legend.png", "overlay/clip.mp4", "train_ids/clip/000000.png"}
 
 
 def test_nothing_that_exists_is_replaced_unless_asked(tmp_path: Path) -> None:

@@ -113,16 +113,16 @@ def plot_iou(columns: Mapping[str, Mapping[str, Any]], classes: ClassTable, out:
     """
     values = {name: [scores["classes"][name]["iou"] for scores in columns.values()] for name in classes.names}
     shown = [name for name, row in values.items() if any(value is not None for value in row)]
-    means = {label: scores["miou"] for label, scores in columns.items()}
     row, size = (0.24, 8.5) if len(shown) <= 40 else (0.15, 6.5)
     figure = Figure(figsize=(7.5, 1.3 + row * len(shown)), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     _panel(axes, f"IoU of {len(shown)} classes", "intersection over union")
-    axes.grid(visible=False, axis="y")
+    labels = [f"{label}: mIoU {_number(scores['miou'])}" for label, scores in columns.items()]
+    colours = [_COLOURS[number % len(_COLOURS)] for number in range(len(columns))]
     if len(columns) == 1:
-        ((label, mean),) = means.items()
-        axes.set_title(f"{label}: mIoU {_number(mean)} over {len(shown)} classes", fontsize=11, loc="left")
-        palette = dict(zip(classes.names, classes.palette / 255, strict=False))
+        axes.set_title(f"{labels[0]} over {len(shown)} classes", fontsize=11, loc="left")
+        axes.grid(visible=False, axis="y")
+        palette, colours = dict(zip(classes.names, classes.palette / 255, strict=False)), ["0.2"]
         bars = [values[name][0] for name in shown]
         axes.barh(shown, bars, color=[palette[name] for name in shown], edgecolor="0.35", linewidth=0.5)
         for at, value in enumerate(bars):
@@ -130,18 +130,14 @@ def plot_iou(columns: Mapping[str, Mapping[str, Any]], classes: ClassTable, out:
             text.set_in_layout(False)
             text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # over the line of the mean
     else:
-        axes.grid(visible=True, axis="y", color="0.93")
-    for number, (label, mean) in enumerate(means.items() if len(columns) > 1 else ()):
-        colour, marker = _COLOURS[number % len(_COLOURS)], "osD^vPX*"[number % 8]
-        dots = [math.nan if (value := values[name][number]) is None else value for name in shown]
-        style = {"color": colour, "markersize": 5, "alpha": 0.85, "label": f"{label}: mIoU {_number(mean)}"}
-        axes.plot(dots, shown, marker, **style)
-    for number, mean in enumerate(means.values()):
-        if mean is not None:
-            colour = "0.2" if len(columns) == 1 else _COLOURS[number % len(_COLOURS)]
-            axes.axvline(mean, color=colour, linestyle="--", linewidth=1.0, zorder=1)
-    if len(columns) > 1:
+        for number, (label, colour) in enumerate(zip(labels, colours, strict=True)):
+            dots = [math.nan if (value := values[name][number]) is None else value for name in shown]
+            marker = "osD^vPX*"[number % 8]
+            axes.plot(dots, shown, marker, color=colour, markersize=5, alpha=0.85, label=label)
         figure.legend(loc="outside upper left", ncols=min(3, len(columns)), frameon=False, fontsize=8)
+    for scores, colour in zip(columns.values(), colours, strict=True):
+        if scores["miou"] is not None:
+            axes.axvline(scores["miou"], color=colour, linestyle="--", linewidth=1.0, zorder=1)
     axes.tick_params("y", labelsize=size)
     axes.set_xlim(0, 1.06)
     axes.set_ylim(len(shown) - 0.4, -0.6)

@@ -18,6 +18,7 @@ import ctypes
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -361,13 +362,16 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    with busy(arguments.load):
-        results = []
-        for row in rows(arguments, device):
-            results.append(row)
-            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    about = {"busy processes beside": arguments.load, "repeats": arguments.repeats, "note": arguments.note}
-    report(arguments.output, f"load{arguments.load}", device, about, results, table(results))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; what was measured until then is written"))
+    results = []
+    try:
+        with busy(arguments.load):
+            for row in rows(arguments, device):
+                results.append(row)
+                print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    finally:
+        about = {"busy processes beside": arguments.load, "repeats": arguments.repeats, "note": arguments.note}
+        report(arguments.output, f"load{arguments.load}", device, about, results, table(results))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time and peak memory of a whole training step with each implementation of the loss.
 
     python kernels/ohem/bench_step.py            # on a GPU: V1 8x1024x1024 and V2 16x512x1024, fp16 and bf16
-    python kernels/ohem/bench_step.py --shrink 8 # an eighth of height and width, one image: that it runs, on a CPU
+    python kernels/ohem/bench_step.py --shrink 16 # two small images: that it runs, on a CPU (fp32)
 
 A step is normalisation, network under autocast, the loss of all heads, backward and SGD. Implementations are those of
 ``bench.py``. Prints a table and writes it to ``kernels/ohem/results``.
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import CLASSES, IGNORE, NETWORKS, naive, report
+from bench import CLASSES, DTYPES, IGNORE, NETWORKS, naive, report
 from torch import Tensor, nn
 
 from bisenet.losses import DeepSupervision, OhemCrossEntropy
 from bisenet.networks import BiSeNetV1, BiSeNetV2
 
 MODELS = {"bisenetv1": BiSeNetV1, "bisenetv2": BiSeNetV2}
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Naive(nn.Module):
@@ -48,7 +47,7 @@ def measure(
             if step == 3:
                 torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        with torch.autocast(device, dtype=dtype):
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             loss = loss_of(network(image.float().sub(80.0).div(50.0)), mask).total
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -71,7 +70,7 @@ def rows(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, 
         draw = torch.Generator(device).manual_seed(0)
         image = torch.randint(256, (images, 3, height, width), generator=draw, device=device, dtype=torch.uint8)
         mask = torch.randint(CLASSES, (images, height, width), generator=draw, device=device, dtype=torch.uint8)
-        for dtype in DTYPES:
+        for dtype in ["fp16", "bf16"] if device.type == "cuda" else ["fp32"]:
             for implementation in ["naive", "torch", "cuda"] if device.type == "cuda" else ["naive", "torch"]:
                 torch.manual_seed(0)
                 network = build(n_classes=CLASSES).to(device).train()

@@ -458,4 +458,4 @@ def log_scores(loggers: Sequence[Logger], prefix: str, scores: Mapping[str, Any]
         if isinstance(logger, WandbLogger):
             logger.log_table(f"{prefix}/classes", columns, rows, step=step)
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(f"{prefix}/classes", report.markdown_table(scores), step)
+            logger.experiment.add_text(f"{prefix}/classes", report.markdown_table({prefix: scores}), step)

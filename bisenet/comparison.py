@@ -4,9 +4,7 @@
 differences percentage points.
 """
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -374,17 +372,11 @@ def write(summary: Mapping[str, Any], folder: Path) -> None:
             lines = [section.columns, ["---", *["---:"] * (len(section.columns) - 1)], *section.rows]
             parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
         parts.append("\n".join(f"* {note}" for note in section.notes) + "\n" if section.notes else "")
-    _replace(folder / "summary.md", "\n".join(part for part in parts if part))
-    _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    report.write_text(folder / "summary.md", "\n".join(part for part in parts if part), replace=True)
+    report.write_json(folder / "summary.json", summary, replace=True)
     groups = {name: content["groups"] for name, content in summary["protocols"].items()}
     if groups:
         report.plot_groups(groups, f"{summary['metric']}, %", folder / "summary.png")
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def _sections(summary: Mapping[str, Any]) -> Iterator[_Section]:

@@ -574,9 +574,9 @@ def _columns(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(results: dict[str, Any], folder: Path) -> None:
-    """``results.json``, and the same as a table."""
+    """The results as a table, and ``results.json``, last: with it a run is finished."""
+    report.write_text(folder / "results.md", report.markdown_table(_columns(results)), replace=True)
     report.write_json(folder / "results.json", results)
-    report.write_text(folder / "results.md", report.markdown_table(_columns(results)))
     _show(results)
 
 

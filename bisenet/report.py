@@ -438,18 +438,18 @@ def _number(value: float | None) -> str:
 # ---------------------------------------------------------------- files
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a new JSON file; as :func:`write_text`."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+def write_json(path: Path, content: Any, *, replace: bool = False) -> None:
+    """Write a JSON file; as :func:`write_text`."""
+    write_text(path, json.dumps(content, indent=2) + "\n", replace=replace)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a new file, whole or not at all.
+def write_text(path: Path, text: str, *, replace: bool = False) -> None:
+    """Write a file, whole or not at all.
 
     Raises:
-        FileExistsError: it is there already; nothing that exists is overwritten.
+        FileExistsError: it is there already, and ``replace``, for what can be made again, is not set.
     """
-    if path.exists():
+    if path.exists() and not replace:
         raise FileExistsError(f"{path} exists; nothing is overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")

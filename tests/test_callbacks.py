@@ -201,9 +201,9 @@ def test_every_evaluation_leaves_a_table_of_classes(recorded: Recorded, everythi
     results = json.loads((everything / "results.json").read_text())
     for key, scores in {
         "val/ss/classes": None,
-        "final/last/val/ss/classes": results["scores"],
-        "final/best_on_val/val/ss/classes": results["best_on_val"]["scores"],
-        "final/ema/val/ss/classes": results["ema"]["scores"],
+        "final/last/val/ss/classes": results["protocols"]["ss"],
+        "final/best_on_val/val/ss/classes": results["best_on_val"]["protocols"]["ss"],
+        "final/ema/val/ss/classes": results["ema"]["protocols"]["ss"],
     }.items():
         table = json.loads((recorded.folder / recorded.last(key)["path"]).read_text())
         assert table["columns"][:2] == ["class", "iou"]
@@ -269,7 +269,7 @@ def test_tensorboard_has_scalars_pictures_and_tables(everything: Path) -> None:
 def test_the_average_is_reported_apart_and_can_be_loaded(everything: Path) -> None:
     results = json.loads((everything / "results.json").read_text())
     assert results["ema"]["decay"] == 0.5
-    assert results["ema"]["scores"]["n_images"] == results["scores"]["n_images"]
+    assert results["ema"]["protocols"]["ss"]["n_images"] == results["protocols"]["ss"]["n_images"]
     last, average = (checkpoint.read(everything / "checkpoints" / f"{name}.ckpt") for name in ("last", "ema"))
     assert (average.step, average.config) == (last.step, last.config)
     assert last.weights.keys() == average.weights.keys()
@@ -334,14 +334,15 @@ def test_early_stopping_ends_a_run_that_then_stays_ended(shapes: str, tmp_path: 
     assert first["step"] == 4  # the second validation is no better by 1
     (tmp_path / "results.json").unlink()  # as if it had been killed in the final evaluation
     again = run(tmp_path, *overrides, f"resume={tmp_path}")
-    assert (again["step"], again["miou"]) == (4, first["miou"])
+    assert (again["step"], again["protocols"]["ss"]["miou"]) == (4, first["protocols"]["ss"]["miou"])
 
 
 def test_the_training_step_reads_nothing_back() -> None:
     """On the meta device every synchronisation with the host is an error."""
     module = experiment.build(composed("loss.class_weights=enet", *SMALL), TABLE).to("meta")
     group = {"name": "all", "lr": 0.1}
-    module._trainer = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[group])])  # type: ignore[assignment]
+    optimizers = [SimpleNamespace(param_groups=[group])]
+    module._trainer = SimpleNamespace(optimizers=optimizers, global_step=0, log_every_n_steps=10)  # type: ignore[assignment]
     logged: dict[str, Any] = {}
     module.log_dict = logged.update  # type: ignore[assignment, method-assign]
     batch = {"image": torch.zeros(2, 3, 64, 128, dtype=torch.uint8, device="meta"),
@@ -389,7 +390,7 @@ def test_a_profile_needs_its_steps(shapes: str, tmp_path: Path) -> None:
 def test_every_variant_learns_two_pictures_by_heart(variant: str, shapes: str, tmp_path: Path) -> None:
     cfg = composed("debug=overfit", shapes, f"model={variant}", "trainer.progress=false", "trainer.accelerator=cpu")
     config.check(cfg)
-    assert experiment.train(cfg, tmp_path)["miou"] > 0.95
+    assert experiment.train(cfg, tmp_path)["protocols"]["ss"]["miou"] > 0.95
     main = f"train/loss/{bisenet.load(tmp_path).network.head_names[0]}"  # type: ignore[index]
     with (tmp_path / "metrics.csv").open() as stream:
         losses = [float(row[main]) for row in csv.DictReader(stream) if row[main]]

@@ -185,7 +185,7 @@ def test_published_weights_are_evaluated(file: Path, scenes: list[str], tmp_path
     config.check(cfg)
     typed = config.typed(cfg)
     experiment.SegmentationDataModule(typed.data, composed().augment, seed=0).prepare_data()
-    found = experiment.evaluate(typed, tmp_path)
+    (found,) = experiment.evaluate(typed, tmp_path)
     assert found["step"] is None
     assert found["checkpoint"] == str(file)
     assert json.loads((tmp_path / "results.json").read_text())["step"] is None

@@ -589,7 +589,15 @@ def test_error_in_a_worker_names_the_file(tmp_path: Path, workers: int) -> None:
 
 @pytest.mark.parametrize("option", sorted(file.stem for file in Path(config.conf_dir(), "data").glob("*.yaml")))
 def test_every_data_option_builds_and_helps(option: str, tmp_path: Path) -> None:
-    classes = {"camvid": 11, "cityscapes": 19, "synthetic": 19, "coco_stuff": 171, "ade20k": 150, "listed": 2}
+    classes = {
+        "camvid": 11,
+        "cityscapes": 19,
+        "synthetic": 19,
+        "coco_stuff": 171,
+        "ade20k": 150,
+        "listed": 2,
+        "shapes": 19,
+    }
     (tmp_path / "own.yaml").write_text("[{id: 0, name: a}, {id: 1, name: b}]")
     own = [f"data.classes={tmp_path / 'own.yaml'}"] if option == "listed" else []
     cfg = composed(f"data={option}", f"data.root={tmp_path / 'nowhere'}", *own)

@@ -379,7 +379,7 @@ def test_traced_as_one_graph_with_the_same_result(device, monkeypatch):
 def test_the_choice_is_made_while_tracing():
     logits, target = make_case(dtype=torch.float32)
     traced = torch.compile(
-        lambda x: 2 * x if ops._use_kernel("auto", x, target) else 3 * x, fullgraph=True, backend="eager"
+        lambda x: 2 * x if ops._use_kernel("auto", x, target, None) else 3 * x, fullgraph=True, backend="eager"
     )
     assert torch.equal(traced(logits), 3 * logits)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from test_config import composed
-from test_experiment import FAST, results, rows, same, scenes, script  # noqa: F401 (a fixture)
+from test_experiment import FAST, results, rows, same, script
 
 from bisenet import comparison, config, sweep
 
@@ -295,7 +295,7 @@ def multirun(cwd: Path, *overrides: str, **environment: str) -> Any:
     return script("train.py", "-m", *FAST, *overrides, cwd=cwd, **environment)
 
 
-def test_a_failed_job_costs_the_others_nothing(scenes: list[str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_failed_job_costs_the_others_nothing(scenes: list[str], tmp_path: Path) -> None:
     """Two deterministic repetitions, each good and impossible; then once more, and once more otherwise."""
     command = [*scenes, "loss.threshold=0.7,3", "repeat=2", "deterministic=true", "sweep.name=two"]
     folder = tmp_path / "outputs" / "sweeps" / "two"
@@ -336,7 +336,7 @@ def test_a_mistake_that_stopped_all_jobs_can_be_corrected(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_ends_as_an_undisturbed_one(scenes: list[str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_killed_sweep_ends_as_an_undisturbed_one(scenes: list[str], tmp_path: Path) -> None:
     """Five seeds, SIGKILL between two checkpoints of the third."""
     summaries = []
     for name in ("calm", "killed"):
@@ -366,7 +366,7 @@ def test_a_killed_sweep_ends_as_an_undisturbed_one(scenes: list[str], tmp_path: 
 @pytest.mark.parametrize(
     "launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local", "hydra.launcher.timeout_min=10"]]
 )
-def test_launchers_run_and_continue_a_sweep(launcher: list[str], scenes: list[str], tmp_path: Path) -> None:  # noqa: F811
+def test_launchers_run_and_continue_a_sweep(launcher: list[str], scenes: list[str], tmp_path: Path) -> None:
     name, *options = launcher
     pytest.importorskip(f"hydra_plugins.hydra_{name.removesuffix('_local')}_launcher", reason="needs bisenet[sweeps]")
     command = [*scenes, "seed=1,2", "sweep.name=x", f"hydra/launcher={name}", *options]

@@ -4,6 +4,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from bisenet.module import SegmentationModule
+
 
 class FreezeNorm(Callback):
     """Batch norm with the statistics it has, so that a step does not depend on how a batch is shared out."""
@@ -26,6 +28,6 @@ class SaveWeights(Callback):
     """Each process leaves the weights and buffers that it has validated, as rank_<n>.pt."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        torch.save(
-            pl_module.segmenter.network.state_dict(), f"{trainer.default_root_dir}/rank_{trainer.global_rank}.pt"
-        )
+        assert isinstance(pl_module, SegmentationModule)
+        state = pl_module.segmenter.network.state_dict()
+        torch.save(state, f"{trainer.default_root_dir}/rank_{trainer.global_rank}.pt")

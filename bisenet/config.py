@@ -707,7 +707,8 @@ def output_dir() -> Path:
 
 def job_logging() -> dict[str, Any]:
     """Hydra's logging of this run, for ``logging.config.dictConfig`` in another process."""
-    return plain(OmegaConf.create(HydraConfig.get().job_logging))
+    node: Any = HydraConfig.get().job_logging  # which interpolates into its root
+    return plain(node)
 
 
 def overrides() -> list[str]:

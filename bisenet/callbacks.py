@@ -63,7 +63,8 @@ class StepClock(Callback):
         if _ends_step(trainer, batch_idx):
             self.step_seconds, self.data_seconds = self._step, self._data
             self._step = self._data = 0.0
-        pl_module.log_dict({"time/step": self.step_seconds, "time/data": self.data_seconds})
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log_dict({"time/step": self.step_seconds, "time/data": self.data_seconds})
 
 
 class LossScale(Callback):
@@ -171,6 +172,12 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        assert trainer.model is not None
+        if broken := [name for name, p in trainer.model.named_parameters() if not torch.isfinite(p).all()]:
+            raise FloatingPointError(
+                f"after step {trainer.global_step} {broken[0]} and {len(broken) - 1} more parameters are not finite: "
+                f"lower optimizer.algorithm.lr or lengthen scheduler.warmup_steps; {self.path} stays as it was"
+            )
         self._stopped = trainer.should_stop
         for logger in trainer.loggers:
             logger.save()  # the history on disk is never behind the weights
@@ -336,8 +343,9 @@ def csv_logger(folder: Path, resumed_step: int | None = None) -> CSVLogger:
         file.replace(aside)
     if aside.exists():  # also after a kill that came between the two moments when it has this name
         with aside.open(newline="") as stream:
-            rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(stream)]
-        history = [row for row in rows if int(row["step"]) < (resumed_step or 0)]
+            rows = [{key: value for key, value in row.items() if key and value} for row in csv.DictReader(stream)]
+        # The last row may have been cut off by the kill.
+        history = [row for row in rows if row.get("step", "").isdecimal() and int(row["step"]) < (resumed_step or 0)]
     logger = CSVLogger(folder.parent, name="", version=folder.name, flush_logs_every_n_steps=1)
     logger.experiment.metrics.extend(history)
     logger.save()

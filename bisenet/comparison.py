@@ -32,9 +32,16 @@ class Run:
     arm: dict[str, str]
     """Key -> value of what groups the runs."""
     seeds: tuple[int, int]
-    """Of initialisation and data. Runs of a group with the same seeds are repetitions."""
+    """Of initialisation and data."""
     results: dict[str, Any]
     """What ``results.json`` holds."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """Key -> value of what differs between the runs and does not group them."""
+
+    @property
+    def unit(self) -> Any:
+        """Runs of a group that have this in common are repetitions of one experiment with one seed."""
+        return self.seeds, *self.beside.items()
 
 
 @dataclass
@@ -45,10 +52,12 @@ class _Group:
     scores: dict[str, float] = field(default_factory=dict)
     by_seed: dict[Any, list[float]] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
+    population: Any = None
+    """What was scored, as :func:`_population` says; None for published scores."""
 
-    def add(self, name: str, score: float, seeds: Any, run: Run | None = None) -> None:
+    def add(self, name: str, score: float, unit: Any, run: Run | None = None) -> None:
         self.scores[name] = score
-        self.by_seed.setdefault(seeds, []).append(score)
+        self.by_seed.setdefault(unit, []).append(score)
         self.runs += [] if run is None else [run]
 
     @property
@@ -77,7 +86,7 @@ def compare(
         values_protocol: protocol of the published scores.
         metric: key of a protocol's scores in ``results.json``; with dots into what it holds.
         baseline: group that the others are compared with; None: all pairs, or for ablations of tricks all pairs that
-            differ in a single trick.
+            differ in a single trick. Never groups that were scored on different images or classes.
         difference: for which the seeds needed are stated.
         resamples: bootstrap samples of the images.
 
@@ -97,8 +106,16 @@ def compare(
             if score is None:
                 missing[f"{run.name}, {protocol}"] = f"{metric} is not defined"
                 continue
-            groups = protocols.setdefault(protocol, {})
-            groups.setdefault(_label(run.arm, tricks), _Group(run.arm)).add(run.name, 100 * score, run.seeds, run)
+            population = _population(scores)
+            group = protocols.setdefault(protocol, {}).setdefault(
+                label := _label(run.arm, tricks), _Group(run.arm, population=population)
+            )
+            if group.population != population:
+                raise ValueError(
+                    f"runs: {run.name} and {group.runs[0].name} of the group {label!r} were scored on other images or "
+                    "classes; accepted: runs of one data set in a group, as with by=data"
+                )
+            group.add(run.name, 100 * score, run.unit, run)
     for name, published in (values or {}).items():
         groups = protocols.setdefault(values_protocol, {})
         if name in groups:
@@ -110,12 +127,14 @@ def compare(
     if baseline is not None and baseline not in known:
         raise ValueError(f"baseline: got {baseline!r}, accepted: {', '.join(known)}")
     counts = _Counts(split, enabled=metric == "miou", resamples=resamples)
+    notes = dict.fromkeys(note for groups in protocols.values() for note in _cautions(groups))
     return {
         "metric": metric,
         "split": split,
         "confidence": CONFIDENCE,
         "difference": difference,
         "missing": missing,
+        "notes": list(notes),
         "protocols": {
             protocol: {
                 "groups": {name: _describe(group) for name, group in groups.items()},
@@ -123,7 +142,7 @@ def compare(
             }
             for protocol, groups in protocols.items()
         },
-        "within_runs": list(_between_protocols(protocols, counts)),
+        "within_runs": _between_protocols(protocols, counts),
     }
 
 
@@ -146,13 +165,34 @@ def _common_split(runs: Sequence[Run]) -> str | None:
     return next(iter(splits), None)
 
 
+def _population(scores: Mapping[str, Any]) -> Any:
+    """Tells apart what was scored: number of images, and pixels of each class."""
+    return scores.get("n_images"), {name: entry.get("pixels") for name, entry in scores["classes"].items()}
+
+
+def _cautions(groups: Mapping[str, _Group]) -> Iterator[str]:
+    """What a reader of the table must know about its groups."""
+    for name, group in groups.items():
+        for key in group.runs[0].beside if group.runs else ():
+            values = sorted({run.beside[key] for run in group.runs})
+            if len(values) > 1:
+                yield f"{name}: its runs also differ in {key} ({', '.join(values)}): their spread is not of seeds alone"
+    for first, second in combinations(groups, 2):
+        if not _comparable(groups[first], groups[second]):
+            yield f"{first} and {second} are not compared: they were scored on other images or classes"
+
+
+def _comparable(first: _Group, second: _Group) -> bool:
+    return None in (first.population, second.population) or first.population == second.population
+
+
 def _select(scores: Any, metric: str, where: str) -> float | None:
     for key in metric.split("."):
         if not isinstance(scores, dict) or key not in scores:
             raise ValueError(f"metric: got {metric!r}, which {where} does not have")
         scores = scores[key]
-    if scores is not None and not isinstance(scores, int | float):
-        raise ValueError(f"metric: got {metric!r}, accepted: the key of a single number")
+    if metric.endswith("seconds") or not (scores is None or (isinstance(scores, float) and 0 <= scores <= 1)):
+        raise ValueError(f"metric: got {metric!r}, accepted: the key of a single score in [0, 1]")
     return scores
 
 
@@ -194,6 +234,8 @@ def _comparisons(
 ) -> list[dict[str, Any]]:
     found = []
     for first, second, trick in _pairs(groups, baseline):
+        if not _comparable(groups[first], groups[second]):
+            continue
         a, b = groups[first].values, groups[second].values
         entry = {"first": first, "second": second, **trick, "n": [len(a), len(b)]}
         if min(len(a), len(b)) > 1:
@@ -206,14 +248,9 @@ def _comparisons(
             entry |= {"effect_size": None, "seeds_needed": None}
         images = over_images(groups[first], groups[second])
         found.append(entry | {"images": None if images is None else _interval(images)})
-    tested = [entry for entry in found if entry["p"] is not None]
-    corrected = statistics.holm([entry["p"] for entry in tested])
+    tests = _correct(found)
     for entry in found:
-        entry["p_holm"] = None
-    for entry, p in zip(tested, corrected, strict=True):
-        entry["p_holm"] = p
-    for entry in found:
-        entry["verdict"] = _verdict(entry, needed_for, len(tested))
+        entry["verdict"] = _verdict(entry, needed_for, tests)
     if any("trick" in entry for entry in found):
         found.sort(key=lambda entry: -entry["difference"])  # a ranking
     return found
@@ -246,10 +283,25 @@ def _rest(arm: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in arm.items() if key != _TRICKS}
 
 
-def _between_protocols(protocols: Mapping[str, Mapping[str, _Group]], counts: "_Counts") -> Iterator[dict[str, Any]]:
-    """What evaluation alone changes: every protocol against the first one, run by run."""
-    if len(protocols) < 2:
-        return
+def _between_protocols(protocols: Mapping[str, Mapping[str, _Group]], counts: "_Counts") -> list[dict[str, Any]]:
+    """What evaluation alone changes: every protocol against the first one, run by run; corrected as one family."""
+    found = list(_gains(protocols, counts)) if protocols else []
+    _correct(found)
+    return found
+
+
+def _correct(entries: Sequence[dict[str, Any]]) -> int:
+    """Set ``p_holm`` of entries, a family of tests; return how many have a test."""
+    tested = [entry for entry in entries if entry["p"] is not None]
+    corrected = statistics.holm([entry["p"] for entry in tested])
+    for entry in entries:
+        entry["p_holm"] = None
+    for entry, p in zip(tested, corrected, strict=True):
+        entry["p_holm"] = p
+    return len(tested)
+
+
+def _gains(protocols: Mapping[str, Mapping[str, _Group]], counts: "_Counts") -> Iterator[dict[str, Any]]:
     first, *others = protocols
     for protocol in others:
         for name, group in protocols[protocol].items():
@@ -259,7 +311,7 @@ def _between_protocols(protocols: Mapping[str, Mapping[str, _Group]], counts: "_
                 continue
             by_seed: dict[Any, list[float]] = {}
             for run in shared:
-                by_seed.setdefault(run.seeds, []).append(group.scores[run.name] - base.scores[run.name])
+                by_seed.setdefault(run.unit, []).append(group.scores[run.name] - base.scores[run.name])
             values = [float(np.mean(gains)) for gains in by_seed.values()]
             entry = {"group": name, "first": protocol, "second": first, "n": len(values)}
             if len(values) > 1:
@@ -341,7 +393,9 @@ def _verdict(entry: Mapping[str, Any], needed_for: float, tests: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Section:
+class Section:
+    """A table with notes below it."""
+
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -351,7 +405,7 @@ class _Section:
 def show(summary: Mapping[str, Any]) -> None:
     """Print the tables."""
     console = Console()
-    for section in _sections(summary):
+    for section in sections(summary):
         if section.rows:
             table = Table(title=section.title, title_justify="left")
             for number, column in enumerate(section.columns):
@@ -366,7 +420,7 @@ def show(summary: Mapping[str, Any]) -> None:
 def write(summary: Mapping[str, Any], folder: Path) -> None:
     """Write ``summary.json``, ``summary.md`` and ``summary.png``; they are made of the runs and may be made again."""
     parts = []
-    for section in _sections(summary):
+    for section in sections(summary):
         parts.append(f"## {section.title}\n")
         if section.rows:
             lines = [section.columns, ["---", *["---:"] * (len(section.columns) - 1)], *section.rows]
@@ -379,7 +433,8 @@ def write(summary: Mapping[str, Any], folder: Path) -> None:
         report.plot_groups(groups, f"{summary['metric']}, %", folder / "summary.png")
 
 
-def _sections(summary: Mapping[str, Any]) -> Iterator[_Section]:
+def sections(summary: Mapping[str, Any]) -> Iterator[Section]:
+    """What :func:`compare` found, as tables of text."""
     where = f"{summary['metric']} in %" + (f" on {summary['split']}" if summary["split"] else "")
     protocols = summary["protocols"]
     runs = {
@@ -389,7 +444,8 @@ def _sections(summary: Mapping[str, Any]) -> Iterator[_Section]:
         for run in described["runs"]
     }
     rows = [[run, group, *map(_number, scores)] for (group, run), scores in runs.items()]
-    yield _Section(f"Runs: {where}", ["run", "group", *protocols], rows, _missing(summary["missing"]))
+    notes = [*_missing(summary["missing"]), *summary["notes"]]
+    yield Section(f"Runs: {where}", ["run", "group", *protocols], rows, notes)
     for protocol, content in protocols.items():
         groups = content["groups"]
         columns = ["group", "n", "mean", "sd", "95% interval", "min", "max", f"resolvable at {POWER:.0%} power"]
@@ -399,19 +455,19 @@ def _sections(summary: Mapping[str, Any]) -> Iterator[_Section]:
             for name, g in groups.items()
         ]  # fmt: skip
         notes = [note for name, group in groups.items() for note in _variance(name, group["variance"])]
-        yield _Section(f"Groups, {protocol}", columns, rows, notes)
+        yield Section(f"Groups, {protocol}", columns, rows, notes)
         yield from _differences(protocol, content["comparisons"], summary["difference"])
     if within := summary["within_runs"]:
-        columns = ["protocols", "group", "runs", "difference", "95% interval", "p", "over images"]
+        columns = ["protocols", "group", "runs", "difference", "95% interval", "p", "p (Holm)", "over images"]
         rows = [
             [f"{e['first']} - {e['second']}", e["group"], str(e["n"]), _signed(e["difference"]), _range(e), _p(e["p"]),
-             _range(e["images"])]
+             _p(e["p_holm"]), _range(e["images"])]
             for e in sorted(within, key=lambda e: -e["difference"])
         ]  # fmt: skip
-        yield _Section("Evaluation alone: protocols within the same runs", columns, rows)
+        yield Section("Evaluation alone: protocols within the same runs", columns, rows)
 
 
-def _differences(protocol: str, comparisons: Sequence[Mapping[str, Any]], needed_for: float) -> Iterator[_Section]:
+def _differences(protocol: str, comparisons: Sequence[Mapping[str, Any]], needed_for: float) -> Iterator[Section]:
     if not comparisons:
         return
     ranking = any("trick" in entry for entry in comparisons)
@@ -429,7 +485,7 @@ def _differences(protocol: str, comparisons: Sequence[Mapping[str, Any]], needed
         )  # fmt: skip
     title = f"What each trick is worth, {protocol}" if ranking else f"Differences, {protocol}"
     head = ["trick", "context"] if ranking else ["groups"]
-    yield _Section(title, [*head, *columns], rows, [entry["verdict"] for entry in comparisons])
+    yield Section(title, [*head, *columns], rows, [entry["verdict"] for entry in comparisons])
 
 
 def _missing(missing: Mapping[str, str]) -> list[str]:

@@ -8,7 +8,9 @@ Nodes annotated ``Any`` hold a ``_target_``: they are open to the user's own cla
 constructor's signature (:func:`check_targets`, which imports them).
 """
 
+import functools
 import inspect
+import logging
 import math
 import os
 import re
@@ -30,6 +32,8 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
+
+log = logging.getLogger(__name__)
 
 
 def _require(ok: bool, key: str, value: object, accepted: str) -> None:
@@ -131,6 +135,9 @@ class DataConfig:
     """Split of the final evaluation, whose numbers are reported."""
     eval_window: list[int] = field(default_factory=lambda: [1024, 1024])
     """[height, width] in pixels of the windows of protocols that crop."""
+    eval_short_side: int | None = None
+    """Before it is evaluated, a picture is resized to a shorter side of so many pixels; its prediction is resized back
+    to the label's size. null: pictures keep their size."""
     mean: list[float] = field(default_factory=lambda: [0.3257, 0.3690, 0.3223])
     """RGB mean in [0, 1] that normalises images on the device."""
     std: list[float] = field(default_factory=lambda: [0.2112, 0.2148, 0.2115])
@@ -152,6 +159,8 @@ class DataConfig:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "an integer of at least 1")
         _require(self.workers >= 0, "workers", self.workers, "an integer of at least 0")
         _require_size("eval_window", self.eval_window, smallest=32)
+        short = self.eval_short_side
+        _require(short is None or short >= 32, "eval_short_side", short, "null or at least 32 pixels")
         if self.format == "listed":
             used = (self.train_split, self.val_split, self.report_split)
             needed = {part for split in used for part in self.split_parts(split)} - set(self.lists)
@@ -384,6 +393,8 @@ class ProtocolConfig:
     """Cut each view into overlapping windows instead of showing it whole."""
     window: list[int] | None = None
     """[height, width] of the windows in pixels; null: ``data.eval_window``. Smaller views are padded."""
+    short_side: int | None = None
+    """The picture is first resized to a shorter side of so many pixels; null: ``data.eval_short_side``."""
     stride: float = 2 / 3
     """Distance between windows as a share of the window, rounded up to pixels."""
     merge: str = "mean_prob"
@@ -398,6 +409,8 @@ class ProtocolConfig:
         if self.window is not None:
             _require_size("window", self.window, smallest=32)
             _require(self.crop, "window", list(self.window), "null, because crop is false")
+        short = self.short_side
+        _require(short is None or short >= 32, "short_side", short, "null or at least 32 pixels")
         _require(0 < self.stride <= 1, "stride", self.stride, "a share of the window in (0, 1]")
         _require_one_of("merge", self.merge, ("mean_prob", "log_prob", "reference"))
 
@@ -689,15 +702,33 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
         def main() -> None:
             register()
             try:
-                hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(task)()
+                hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(_telling(task))()
             except SystemExit as stop:
-                if stop.code and (hint := _explain(stop.__context__, _SCHEMAS[config_name])):
+                if stop.code == 1 and (hint := _explain(stop.__context__, _SCHEMAS[config_name])):
                     print(hint, file=sys.stderr)
                 raise
 
         return main
 
     return decorate
+
+
+def _telling(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """The task, but what is wrong for a reason that its message tells ends the script with that message alone."""
+
+    @functools.wraps(task)
+    def told(cfg: DictConfig) -> None:
+        try:
+            task(cfg)
+        except (ValueError, OSError, FloatingPointError) as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR"):
+                raise  # a job's failure is Hydra's to record
+            log.debug("ended by", exc_info=True)
+            raise SystemExit(
+                f"{type(error).__name__}: {error}\n(HYDRA_FULL_ERROR=1 in the environment shows where this was raised)"
+            ) from error
+
+    return told
 
 
 def output_dir() -> Path:
@@ -741,7 +772,10 @@ def _config_subdir(resume: str | None, run_dir: str, mode: RunMode) -> str | Non
         continued = (folder / "provenance.json").exists()  # written once training can begin
     else:
         continued = resume is not None
-        if not continued and (folder / ".hydra" / "config.yaml").exists():
+        begun = (folder / ".hydra" / "config.yaml").exists() and any(
+            path.name != ".hydra" and path.suffix != ".log" for path in folder.iterdir()
+        )  # else a mistake was found before anything was written
+        if begun and not continued:
             raise ValueError(
                 f"{run_dir} holds a run already; resume={run_dir} continues it, another directory starts anew"
             )
@@ -751,22 +785,27 @@ def _config_subdir(resume: str | None, run_dir: str, mode: RunMode) -> str | Non
 
 
 def protocols(node: Mapping[str, ProtocolConfig], data: DataConfig) -> dict[str, ProtocolConfig]:
-    """Protocols by the names that their scores go by, their windows filled in.
+    """Protocols by the names that their scores go by, what belongs to the data set filled in.
 
     A name means one definition. Where a preset's values were changed, wherever that was, what differs is appended:
     ``protocol.ss.scales=[0.5,1]`` is reported as ``ss-scales-0.5-1``.
     """
     named: dict[str, ProtocolConfig] = {}
     for key, protocol in node.items():
-        protocol = _with_window(protocol, data)
+        protocol = _of_data(protocol, data)
         preset = _preset(key)
-        changed = {} if preset is None else _changes(_with_window(preset, data), protocol)
+        changed = {} if preset is None else _changes(_of_data(preset, data), protocol)
         named["-".join([key, *(f"{name}-{value}" for name, value in changed.items())])] = protocol
     return named
 
 
-def _with_window(protocol: ProtocolConfig, data: DataConfig) -> ProtocolConfig:
-    return replace(protocol, window=protocol.window or list(data.eval_window)) if protocol.crop else protocol
+def _of_data(protocol: ProtocolConfig, data: DataConfig) -> ProtocolConfig:
+    window = protocol.window or list(data.eval_window)
+    return replace(
+        protocol,
+        window=window if protocol.crop else None,
+        short_side=protocol.short_side or data.eval_short_side,
+    )
 
 
 def _changes(preset: ProtocolConfig, protocol: ProtocolConfig) -> dict[str, str]:
@@ -813,10 +852,20 @@ def job_dir(override_dirname: str) -> str:
     return name or "run"
 
 
+def _run_tags(seed: int) -> list[str]:
+    """``${run_tags:${seed}}``: the seed, and in a sweep every value that is swept; within the 64 characters of W&B."""
+    swept = ""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        swept = HydraConfig.get().job.override_dirname
+    tags = [f"seed={seed}", *filter(None, re.split(r",(?=[^][]*(?:\[|$))", swept))]
+    return list(dict.fromkeys(tag[:64] for tag in tags))
+
+
 # At import, since the processes of a launcher import this module but do not call the script's entry.
 for _name, _resolver in {"run_dir": _run_dir, "config_subdir": _config_subdir, "job_dir": job_dir}.items():
     OmegaConf.register_new_resolver(_name, _resolver, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("validation_miou", _validation_miou, replace=True)
+OmegaConf.register_new_resolver("run_tags", _run_tags, replace=True)
 
 
 def check(cfg: DictConfig) -> None:
@@ -936,13 +985,13 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     Raises:
         ValueError: no run there, or an override that could change the result.
     """
-    file = Path(_run_dir(cfg.resume, cfg.name)) / ".hydra" / "config.yaml"
+    folder = Path(_run_dir(cfg.resume, cfg.name))
     keys = [override.lstrip("+~").split("=", 1)[0] for override in overrides]
     refused = sorted(set(keys) - {"resume", *HARMLESS})
     if refused:
         accepted = ", ".join(HARMLESS)
         raise ValueError(f"resume: {', '.join(refused)} may not change; accepted beside resume: {accepted}")
-    stored = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(file))
+    stored = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(folder / ".hydra" / "config.yaml"))
     assert isinstance(stored, DictConfig)
     for key in keys:
         OmegaConf.update(stored, key, OmegaConf.select(cfg, key))

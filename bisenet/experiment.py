@@ -1,5 +1,6 @@
 """The one composition root: build, train, evaluate and load an experiment from its configuration."""
 
+import copy
 import json
 import logging
 import os
@@ -95,9 +96,12 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
     data = SegmentationDataModule(typed.data, typed.augment, seed=typed.data_seed)
     module = build(cfg, data.table)  # first, since it is quick: what cannot be built needs no data
+    _rehearse(cfg, module)
     last = run_dir / "checkpoints" / "last.ckpt"
     continued = resumed and last.exists()
     resumed_step = checkpoint.read(last).step if continued else 0 if resumed else None
+    if resumed and not continued:
+        log.warning("%s has no checkpoint yet: the run begins again", run_dir)
     if not continued:
         load_pretrained(module.segmenter.network, typed.model)
         if typed.finetune_from is not None:
@@ -158,13 +162,16 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         enable_model_summary=False,
     )
     log.info("run directory: %s", run_dir)
+    if typed.deterministic and _on_gpu(typed):
+        log.info("deterministic=true costs time on a GPU: kernels/ohem/bench_step.py measures how much")
     started = time.perf_counter()
     # For dropout; independent of how the network was built.
     seed_everything((typed.init_seed + trainer.global_rank) % 2**32, verbose=False)
     try:
         trainer.fit(module, data, ckpt_path=last if continued else None, weights_only=True)
     except (KeyboardInterrupt, SystemExit):
-        log.warning("interrupted; to continue: python scripts/train.py resume=%s", run_dir)
+        how = f"python scripts/train.py resume={run_dir}" if typed.sweep.name is None else "the same command"
+        log.warning("interrupted; to continue: %s", how)
         raise
     results: dict[str, Any] = {
         "name": typed.name,
@@ -219,10 +226,10 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> list[dict[str, Any]]:
     jobs = [_evaluation(cfg, one) for one in read]
     results: dict[str, dict[str, Any]] = {}
     for label, one, (trainer, module, data, typed) in zip(_labels(cfg.checkpoints), read, jobs, strict=True):
-        folder = run_dir / label
+        folder, origin = run_dir / label, provenance(typed)  # before: the code may be edited meanwhile
         results[label] = {"name": typed.name, "step": one.step, "checkpoint": str(one.path)}
         results[label] |= _evaluate(trainer, module, data, typed.data.report_split, folder)
-        report.write_json(folder / "provenance.json", provenance(typed))
+        report.write_json(folder / "provenance.json", origin)
         _write(results[label], folder)
     if len(results) > 1:
         columns = {f"{label} {name}": found for label, r in results.items() for name, found in _columns(r).items()}
@@ -236,7 +243,7 @@ def _evaluation(
     cfg: EvaluateConfig, read: checkpoint.Checkpoint
 ) -> tuple[Trainer, SegmentationModule, SegmentationDataModule, TrainConfig]:
     """All that evaluating a checkpoint takes, the data checked."""
-    trained = config.restore(read.config)
+    trained = _restore(read)
     if cfg.protocol:
         trained.protocol = cfg.protocol
     trained.evaluation.split = cfg.evaluation.split or trained.evaluation.split
@@ -244,13 +251,14 @@ def _evaluation(
     typed: TrainConfig = config.typed(trained)
     typed.data.root = cfg.data_root or typed.data.root
     typed.data.workers = typed.data.workers if cfg.workers is None else cfg.workers
+    typed.trainer.accelerator = cfg.accelerator
     typed.data.report_split = typed.evaluation.split or typed.data.report_split
     data = SegmentationDataModule(typed.data, typed.augment, seed=typed.data_seed, table=read.classes)
     data.setup("test")
     module = build(trained, read.classes)
     module.segmenter.network.load_state_dict(read.weights)
     trainer = Trainer(
-        accelerator=cfg.accelerator,
+        accelerator=typed.trainer.accelerator,
         devices=1,
         **_precision(typed),
         use_distributed_sampler=False,
@@ -265,7 +273,7 @@ def _evaluation(
 def _labels(paths: Sequence[str]) -> list[str]:
     """What tells the paths apart, as names of folders; of a single path nothing."""
     parts = [Path(path).parts for path in paths]
-    while len(paths) > 1 and len({part[:1] for part in parts}) == 1:
+    while all(parts) and len({part[:1] for part in parts}) == 1:
         parts = [part[1:] for part in parts]
     while all(parts) and len({part[-1:] for part in parts}) == 1:
         parts = [part[:-1] for part in parts]
@@ -319,12 +327,19 @@ def load(
     It predicts under the first ``protocol``; None, or an empty one: the first of the training.
     """
     read = read_model(path, data)
-    cfg = config.restore(read.config)
+    cfg = _restore(read)
     if protocol:
         cfg.protocol = dict(protocol)
     segmenter = _segmenter(cfg, read.classes)
     segmenter.network.load_state_dict(read.weights)
     return segmenter.eval()
+
+
+def _restore(read: checkpoint.Checkpoint) -> DictConfig:
+    try:
+        return config.restore(read.config)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {read.path}: {error}") from error
 
 
 def predict(cfg: PredictConfig, run_dir: Path) -> list[str]:
@@ -391,19 +406,29 @@ def build(cfg: DictConfig, classes: ClassTable) -> SegmentationModule:
     segmenter = _segmenter(cfg, classes)
     rate = partial(_SCHEDULES[typed.scheduler.name], **_schedule_arguments(typed.scheduler, typed.trainer.max_steps))
 
-    def groups(network: nn.Module) -> list[dict[str, Any]]:
-        algorithm = cfg.optimizer.algorithm
-        return parameter_groups(network, typed.optimizer.groups, lr=algorithm.lr, weight_decay=algorithm.weight_decay)
-
     def optimizer(network: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        built = config.instantiate("optimizer.algorithm", cfg.optimizer.algorithm, params=groups(network))
+        built = config.instantiate("optimizer.algorithm", cfg.optimizer.algorithm, params=_groups(cfg, network))
         return built, torch.optim.lr_scheduler.LambdaLR(built, rate)
 
-    optimizer(segmenter.network)  # raises now what would otherwise wait until the data have been read
-    log.info("parameter groups:\n%s", describe_groups(groups(segmenter.network)))
     loss = DeepSupervision(_criterion(typed.loss, classes), typed.loss.aux_weight)
     carried = config.plain(cfg) | {"protocol": {name: asdict(p) for name, p in segmenter.protocols.items()}}
     return SegmentationModule(segmenter, loss, optimizer, carried)
+
+
+def _groups(cfg: DictConfig, network: nn.Module) -> list[dict[str, Any]]:
+    typed, algorithm = config.typed(cfg.optimizer), cfg.optimizer.algorithm
+    return parameter_groups(network, typed.groups, lr=algorithm.lr, weight_decay=algorithm.weight_decay)
+
+
+def _rehearse(cfg: DictConfig, module: SegmentationModule) -> None:
+    """Log the parameter groups; raise what would otherwise wait until the data have been read."""
+    network = module.segmenter.network
+    module.optimizer_factory(network)
+    log.info("parameter groups:\n%s", describe_groups(_groups(cfg, network)))
+    typed: TrainConfig = config.typed(cfg)
+    if typed.data.batch_size == typed.trainer.accumulate * typed.trainer.devices * typed.trainer.num_nodes:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # can it learn from one image at a time?
+            copy.deepcopy(network).train()(torch.zeros(1, 3, *typed.augment.crop))
 
 
 def load_pretrained(network: nn.Module, model: ModelConfig) -> None:
@@ -448,7 +473,8 @@ def _strategy(cfg: TrainConfig) -> dict[str, Any]:
         return {}
     # Each process keeps its own running statistics; evaluations and checkpoints use those of the first one.
     ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return {"strategy": ddp, "sync_batchnorm": cfg.strategy.sync_batchnorm and _on_gpu(cfg)}
+    several = cfg.trainer.devices * cfg.trainer.num_nodes > 1
+    return {"strategy": ddp, "sync_batchnorm": cfg.strategy.sync_batchnorm and several and _on_gpu(cfg)}
 
 
 def _precision(cfg: TrainConfig) -> dict[str, Any]:
@@ -504,7 +530,9 @@ def _evaluate(
     seconds = time.perf_counter() - started
     protocols = _protocols(module)
     if trainer.is_global_zero:
+        module.to(trainer.strategy.root_device)  # Lightning has brought it back to the CPU
         _illustrate(module, protocols, data, split, folder)
+        module.cpu()
     return {"split": split, "evaluation_seconds": round(seconds, 1), "protocols": protocols}
 
 

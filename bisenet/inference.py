@@ -1,7 +1,8 @@
 """From a picture to a prediction: normalisation, views, and how they are merged.
 
 A *view* is the picture resized to one scale. The network sees it whole or in overlapping windows, each as it is or
-mirrored; such a piece is a *tile*. Protocols often want the same tiles, which are then forwarded once.
+mirrored; such a piece is a *tile*. Protocols often want the same tiles, which are then forwarded once. Scales are
+relative to the picture's own size, or to the size that ``short_side`` gives it first.
 
 Shapes: B batch, C classes, (H, W) the picture, (h, w) a view or a tile of it.
 """
@@ -39,6 +40,14 @@ class Tile(NamedTuple):
         return self.bottom - self.top, self.right - self.left
 
 
+class View(NamedTuple):
+    """A size that the picture is shown in."""
+
+    start: Size
+    """The size that the scales of the protocol are relative to."""
+    size: Size
+
+
 class Prediction(NamedTuple):
     """What a protocol makes of a batch of pictures."""
 
@@ -51,6 +60,15 @@ class Prediction(NamedTuple):
 def view_size(size: Size, scale: float, multiple: int) -> Size:
     """Size of a view: ``int(scale * size)``, rounded up to the multiple."""
     height, width = (max(multiple, math.ceil(int(scale * side) / multiple) * multiple) for side in size)
+    return height, width
+
+
+def start_size(size: Size, short_side: int | None) -> Size:
+    """The picture's size with a shorter side of so many pixels; the longer one is rounded down."""
+    if short_side is None:
+        return size
+    short = min(size)
+    height, width = (short_side if side == short else int(short_side / short * side) for side in size)
     return height, width
 
 
@@ -70,16 +88,17 @@ def windows(size: Size, window: Size, stride: float) -> list[Tile]:
     return [Tile(top, left, bottom, right) for top, bottom in spans[0] for left, right in spans[1]]
 
 
-def views(protocol: ProtocolConfig, size: Size) -> Iterator[tuple[Size, list[Tile]]]:
-    """Each view of a picture: its size, and the tiles that are not mirrored."""
+def views(protocol: ProtocolConfig, size: Size) -> Iterator[tuple[View, list[Tile]]]:
+    """Each view of a picture, and its tiles that are not mirrored."""
+    start = start_size(size, protocol.short_side)
     for scale in protocol.scales:
         if protocol.crop:
             assert protocol.window is not None, "filled in by config.protocols"
-            view = view_size(size, scale, 1)
-            yield view, windows(view, (protocol.window[0], protocol.window[1]), protocol.stride)
+            shown = view_size(start, scale, 1)
+            yield View(start, shown), windows(shown, (protocol.window[0], protocol.window[1]), protocol.stride)
         else:
-            view = view_size(size, scale, protocol.size_multiple)
-            yield view, [Tile(0, 0, *view)]
+            shown = view_size(start, scale, protocol.size_multiple)
+            yield View(start, shown), [Tile(0, 0, *shown)]
 
 
 def resize(x: Tensor, size: Size, *, align_corners: bool) -> Tensor:
@@ -94,9 +113,9 @@ def predict(
 ) -> list[Prediction]:
     """Predict under several protocols in one pass.
 
-    Pictures are resized with align_corners=True, as are the scores of whole views before their softmax, and the
-    probabilities of views in windows after it; in between the logits are upsampled to the tile as the network's
-    generation does it. One whole view needs no softmax.
+    Pictures are resized to their views with align_corners=True (to a ``short_side`` before that without), as are the
+    scores of whole views before their softmax, and the probabilities of views in windows after it; in between the
+    logits are upsampled to the tile as the network's generation does it. One whole view needs no softmax.
 
     Memory: beside the network's own, the sum of each protocol that has several views, (B, C, H, W) float32, and about
     three times the scores of the largest view.
@@ -119,13 +138,14 @@ def predict(
         users = [(i, tiles) for i, views_ in enumerate(wanted) for other, tiles in views_ if other == view]
         shown = {i: _with_mirrored(tiles, protocols[i].flip) for i, tiles in users}
         started = _now(image)
-        logits = _forward(network, resize(image, view, align_corners=True), shown.values(), max_pixels_per_batch)
+        resized = resize(resize(image, view.start, align_corners=False), view.size, align_corners=True)
+        logits = _forward(network, resized, shown.values(), max_pixels_per_batch)
         passed = _now(image) - started
         for i, tiles in shown.items():
             seconds[i] += passed * _pixels(tiles) / _pixels(logits)
         for i, tiles in users:
             started = _now(image)
-            merged = _merge(protocols[i], tiles, logits, view, size, align_corners=bool(network.align_corners))
+            merged = _merge(protocols[i], tiles, logits, view.size, size, align_corners=bool(network.align_corners))
             scores[i] = scores[i].add_(merged) if i in scores else merged
             del merged  # it would last until the next one is made
             wanted[i].remove((view, tiles))
@@ -226,8 +246,8 @@ class Segmenter(nn.Module):
         classes: class table of the data set it was trained on.
         mean: RGB mean in [0, 1].
         std: RGB standard deviation in (0, 1].
-        protocols: name -> how a picture becomes a prediction, windows filled in; the first is the one that
-            :meth:`forward` and :meth:`predict` use.
+        protocols: name -> how a picture becomes a prediction, as :func:`config.protocols` fills it in; the first is the
+            one that :meth:`forward` and :meth:`predict` use.
         max_pixels_per_batch: bounds what is forwarded at a time, as in :func:`predict`.
     """
 

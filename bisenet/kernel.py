@@ -160,7 +160,7 @@ def why_not(device: torch.device | None = None, specialization: Specialization =
         with torch.cuda.device(device):
             library(device, specialization)
     except ImportError as error:
-        return f"{error}: install the extra `cuda` (pip install 'bisenet[cuda]')"
+        return f"{error}: install the extra `cuda` (pip install -e '.[cuda]')"
     except Exception as error:  # whatever the compiler or the driver says
         return f"{type(error).__name__}: {error}"
     return None

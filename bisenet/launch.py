@@ -5,12 +5,15 @@ alone and as a job of a sweep, on CPUs (gloo) and on GPUs (NCCL). Lightning's ow
 in every child. Where torchrun has been started by the user, on several nodes, each process trains as it is.
 """
 
+import ctypes
 import json
 import logging.config
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,18 @@ from omegaconf import DictConfig
 
 from bisenet import config
 
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
 
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """Train as :func:`bisenet.experiment.train` does, here or in one process for each device of this node.
 
     Raises:
-        RuntimeError: a process failed; its own error has been printed before.
-        ValueError: as ``experiment.train``.
+        ChildProcessError: a process failed; its own error has been printed before.
+        ValueError: as ``experiment.train``, or a run that is to be resumed elsewhere.
     """
+    if cfg.resume is not None and Path(cfg.resume).resolve() != run_dir.resolve():
+        raise ValueError(f"hydra.run.dir: got {run_dir}, accepted: {cfg.resume}, where the run that is resumed lies")
     if cfg.strategy.name == "single" or "LOCAL_RANK" in os.environ:
         from bisenet import experiment  # heavy: only once the configuration is sound
 
@@ -42,10 +49,35 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         processes = ["--nproc-per-node", str(cfg.trainer.devices), "-m", "bisenet.launch", str(file)]
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.trainer.devices))}
-        done = subprocess.run([*torchrun, *processes], env=threads | os.environ, check=False)
-    if done.returncode:
-        raise RuntimeError(f"strategy=ddp: a process ended with code {done.returncode}; its error stands above")
+        code = _run([*torchrun, *processes], threads | os.environ)
+    if code:
+        raise ChildProcessError(f"strategy=ddp: a process ended with code {code}; its error stands above")
     return json.loads((run_dir / "results.json").read_text())
+
+
+def _run(command: list[str], environment: dict[str, str]) -> int:
+    """Run torchrun, which ends with this process however that ends: else it would train on, and beside a resumption."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:  # a launcher such as submitit has its own
+        signal.signal(signal.SIGTERM, stop)
+    child = subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent)
+    try:
+        return child.wait()
+    finally:
+        child.terminate()  # torchrun ends its processes; nothing happens where it has ended
+        child.wait()
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_with_parent() -> None:
+    """In the child: have Linux end it when its parent is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _worker(file: Path) -> None:

@@ -64,20 +64,25 @@ class SegmentationModule(LightningModule):
         network = self.segmenter.network
         output = network(self.segmenter.normalize(batch["image"]))
         loss = self.loss(output, batch["mask"], align_corners=bool(network.align_corners))
+        if not self._written(self.global_step + 1):
+            return loss.total  # a number that is logged from the host would make it wait for the device
         names: tuple[str, ...] = network.head_names  # type: ignore[assignment]
         scalars: dict[str, Any] = {"train/loss": loss.total}
         scalars |= {f"train/loss/{name}": value for name, value in zip(names, loss.heads, strict=True)}
         pixels = batch["mask"].numel()
         scalars |= {f"train/kept/{name}": kept / pixels for name, kept in zip(names, loss.kept, strict=True)}
         scalars |= {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
-        # Means over the devices, at the steps that are written.
-        written = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        self.log_dict(scalars, sync_dist=written)
+        self.log_dict(scalars, sync_dist=True)  # means over the devices
         return loss.total
 
+    def _written(self, step: int) -> bool:
+        """Whether the scalars of a step are written."""
+        return step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop a run that cannot recover, at the steps that read the loss anyway."""
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0 and not torch.isfinite(outputs["loss"]):  # type: ignore[attr-defined]
+        """Stop a run that cannot recover, at the steps that read the loss anyway and at the last one."""
+        read = self._written(self.global_step) or self.global_step == self.trainer.max_steps
+        if read and not torch.isfinite(outputs["loss"]):
             raise FloatingPointError(
                 f"the loss is {outputs['loss'].item()} at step {self.global_step}: lower optimizer.algorithm.lr, "
                 "lengthen scheduler.warmup_steps, or use precision=fp32"

@@ -64,8 +64,8 @@ def ohem_cross_entropy(
         class_weights: float (C,), at least 0. Pixels are selected by their unweighted losses; the mean over those kept
             is then the weighted one, sum(w l) / sum(w), times kept / divisor where the divisor is not their number.
         impl: ``torch`` is PyTorch code for any device, ``cuda`` the fused kernel (``kernels/README.md``), ``auto`` the
-            kernel where it runs: on CUDA, unless the logits are float64, there are ``class_weights``, or it cannot be
-            compiled. The log says once which of them runs, and why.
+            kernel where it runs: on CUDA, unless the logits are float64, there are ``class_weights``, it cannot be
+            compiled, or it fails a small example. The log says once which of them runs, and why.
 
     Returns:
         The loss (float32, or float64 for float64 logits) and the number of pixels kept (int64), both 0-d. Nothing
@@ -77,7 +77,7 @@ def ohem_cross_entropy(
         ValueError: shapes or dtypes that do not fit; on the CPU, labels that are neither a class nor
             ``ignore_index``. On other devices these make the loss NaN, since raising would stall the device.
             ``impl="cuda"`` with tensors that the kernel does not take.
-        RuntimeError: ``impl="cuda"`` where the kernel cannot be built.
+        RuntimeError: ``impl="cuda"`` where the kernel cannot be built, or fails a small example.
     """
     _check(logits, target)
     hard_loss = -math.log(threshold)
@@ -184,13 +184,43 @@ def _kernel_runs(impl: str, device: torch.device, dtype: torch.dtype, label_dtyp
         log.info("loss: PyTorch implementation, for %s logits on %s", dtype, device)
         return False
     reason = kernel.why_not(device, kernel.specialize(dtype, label_dtype, classes))
+    reason = reason or _disagreement(device, dtype, label_dtype, classes)
     if reason and impl == "cuda":
-        raise RuntimeError(f"impl 'cuda': the kernel cannot be built: {reason}")
+        raise RuntimeError(f"impl 'cuda': the kernel does not run here: {reason}")
     if reason:
-        log.warning("loss: PyTorch implementation, because the CUDA kernel cannot be built: %s", reason)
+        log.warning("loss: PyTorch implementation, because the CUDA kernel does not run here: %s", reason)
     else:
         log.info("loss: CUDA kernel, for %s logits of %d classes on %s", dtype, classes, device)
     return not reason
+
+
+def _disagreement(device: torch.device, dtype: torch.dtype, label_dtype: torch.dtype, classes: int) -> str | None:
+    """What the kernel gets wrong in a small example; None where it agrees with the PyTorch implementation.
+
+    A device or a driver that nobody has tested must not train on a wrong loss.
+    """
+    draw = torch.Generator().manual_seed(0)
+    example = torch.randn(2, classes, 5, 9, generator=draw).to(device, dtype)
+    target = torch.randint(classes, (2, 37, 70), generator=draw).to(device, label_dtype)
+    target[:, :5] = 255
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for hard_loss, n_min in ((math.log(classes), 0), (50.0, 1000)):  # enough are hard; none is
+            theirs, ours = (example.clone().requires_grad_() for _ in range(2))
+            rule: dict[str, Any] = {"threshold": math.exp(-hard_loss), "min_kept": n_min, "normalizer": "kept"}
+            rule |= {"ignore_index": 255, "align_corners": False}
+            expected, _ = ohem_cross_entropy(theirs, target, **rule, impl="torch")
+            try:
+                found = kernel.ohem(ours, target, hard_loss, n_min, 0, True, 255, False)[0]
+                gradients = torch.autograd.grad(found, ours)[0], torch.autograd.grad(expected, theirs)[0]
+            except Exception as error:  # whatever the driver says
+                return f"{type(error).__name__}: {error}"
+            # A pixel on the edge of being hard may be kept by one of them.
+            error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max().clamp(min=1e-4)
+            if not (abs(found - expected) <= 1e-4 + 0.02 * abs(expected) and error <= 0.1):
+                return (
+                    f"its loss for an example is {found:.5f} instead of {expected:.5f}, gradients differ by {error:.1%}"
+                )
+    return None
 
 
 def _mean(total: Tensor, count: Tensor, logits: Tensor) -> Tensor:
@@ -314,15 +344,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 def _for_each_image(work: Callable[[int], None], images: int) -> None:
-    """Call ``work`` for each image, on as many threads as PyTorch has, each of them without parallel regions.
+    """Call ``work`` for each image, on half as many threads as PyTorch has, each of them without parallel regions.
 
-    A parallel region per tile costs more than the tile when other processes keep the cores busy.
+    A parallel region per tile costs more than the tile when other processes keep the cores busy; and PyTorch's own
+    threads wait for work by keeping them busy.
     """
     threads = torch.get_num_threads()
-    if threads == 1:
-        for image in range(images):
-            work(image)
-        return
     inference = torch.is_inference_mode_enabled()
 
     def alone(image: int) -> None:
@@ -331,8 +358,12 @@ def _for_each_image(work: Callable[[int], None], images: int) -> None:
 
     torch.set_num_threads(1)  # for this thread and those that are started from here on
     try:
-        with ThreadPoolExecutor(min(threads, max(images, 1))) as pool:
-            list(pool.map(alone, range(images)))
+        if threads < 4 or images < 2:
+            for image in range(images):
+                work(image)
+        else:
+            with ThreadPoolExecutor(min(threads // 2, images)) as pool:
+                list(pool.map(alone, range(images)))
     finally:
         torch.set_num_threads(threads)
 

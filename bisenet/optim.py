@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -159,8 +160,17 @@ class CountingGradScaler(torch.amp.GradScaler):
 
     def __init__(self, device: str = "cuda", **kwargs: Any) -> None:
         super().__init__(device, **kwargs)
-        self._one = torch.ones((), device=device)
-        self._overflows = torch.zeros((), device=device)
+        self._on = device
+
+    # Made when they are first used: by then each process has chosen its own device.
+
+    @cached_property
+    def _one(self) -> Tensor:
+        return torch.ones((), device=self._on)
+
+    @cached_property
+    def _overflows(self) -> Tensor:
+        return torch.zeros((), device=self._on)
 
     @property
     def overflows(self) -> int:
@@ -171,7 +181,7 @@ class CountingGradScaler(torch.amp.GradScaler):
         """Adapt the scale after a step; it falls when, and only when, the step overflowed. Nothing waits."""
         before = self.scale(self._one)
         super().update(new_scale)
-        self._overflows += self.scale(self._one) < before
+        self._overflows.add_(self.scale(self._one) < before)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of ``torch.amp.GradScaler``, and the count."""

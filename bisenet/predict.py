@@ -89,8 +89,15 @@ def find_sources(given: str, *, beside: Path) -> list[Source]:
 
 
 def require_free(sources: Sequence[Source], cfg: PredictConfig, folder: Path) -> None:
-    """Raise FileExistsError where an output exists already and ``overwrite`` is not set."""
+    """Raise FileExistsError where an output exists and ``overwrite`` is not set, ValueError where two would be one."""
     targets = [target for source in sources for target in source.targets(_kinds(cfg), folder).values()]
+    times = Counter(targets)
+    folders = {
+        target for source in sources if source.is_stream for target in source.targets(_kinds(cfg), folder).values()
+    }
+    for target in targets:
+        if times[target] > 1 or not folders.isdisjoint(target.parents):
+            raise ValueError(f"input: several files would be written to {target}; accepted: predict them one by one")
     existing = [str(target) for target in targets if target.exists()]
     if existing and not cfg.overwrite:
         more = f" and {len(existing) - 3} more" if len(existing) > 3 else ""
@@ -222,7 +229,7 @@ def _frame_rate(source: Source) -> float:
 
 
 class _Writer:
-    """The outputs of one source. What is being written has another name until it is complete."""
+    """The outputs of one source. A file has another name while it is written; an interrupted video keeps its frames."""
 
     def __init__(self, source: Source, classes: ClassTable, cfg: PredictConfig, folder: Path) -> None:
         self.source = source

@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from bisenet import config
 
 if TYPE_CHECKING:
+    from bisenet import comparison
     from bisenet.comparison import Run
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,22 @@ def summarize(folder: Path) -> None:
     comparison.show(summary)
     comparison.write(summary, folder)
     log.info("summary: %s", folder / "summary.md")
+    if (folder / _FILE).exists():
+        node = OmegaConf.select(OmegaConf.create(_plain(_load(folder / _FILE).config)), "logger.wandb")
+        if node is not None:
+            _log_to_wandb(node, folder, comparison.sections(summary))
+
+
+def _log_to_wandb(node: DictConfig, folder: Path, sections: "Iterable[comparison.Section]") -> None:
+    """Give tables and figure to W&B, as one more run of the jobs' group."""
+    node.update(save_dir=str(folder), name="summary", job_type="summary", tags=["summary"])
+    logger = config.instantiate("logger.wandb", node)
+    for section in sections:
+        if section.rows:
+            logger.log_table(f"summary/{section.title}", list(section.columns), [list(row) for row in section.rows])
+    if (folder / "summary.png").exists():
+        logger.log_image("summary/figure", [str(folder / "summary.png")])
+    logger.experiment.finish()
 
 
 def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[list[Run], dict[str, str]]":
@@ -113,7 +130,9 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
     if not everything:
         raise FileNotFoundError(f"runs: no run in {', '.join(paths)}; accepted: run directories or folders of them")
     root = Path(os.path.commonpath([folder.parent for folder in everything]))
-    keys = _varied(list(stored.values())) if by is None else list(by)
+    varied = _varied(list(stored.values()))
+    keys = varied if by is None else list(by)
+    rest = [key for key in varied if key not in keys]
 
     runs, missing = [], {}
     for folder in everything:
@@ -122,6 +141,8 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
             missing[name] = "not begun"
         elif not (folder / "results.json").exists():
             missing[name] = "begun, not finished; see its train.log"
+        elif (results := _results(folder)) is None:
+            missing[name] = "its results.json is damaged, or of another version of bisenet"
         else:
             runs.append(
                 Run(
@@ -129,10 +150,19 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
                     folder=folder,
                     arm={key: stored[folder].value(key) for key in keys},
                     seeds=(stored[folder].config.init_seed, stored[folder].config.data_seed),
-                    results=json.loads((folder / "results.json").read_text(encoding="utf-8")),
+                    results=results,
+                    beside={key: stored[folder].said(key) for key in rest},
                 )
             )
     return runs, missing
+
+
+def _results(folder: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"split", "protocols"} <= found.keys() else None
 
 
 class _Stored:
@@ -144,6 +174,10 @@ class _Stored:
         lines: list[str] = list(_load(folder / ".hydra" / "overrides.yaml"))
         split = [line.lstrip("+~").partition("=") for line in lines]
         self.overrides = {key: value for key, _, value in split}
+
+    def said(self, key: str) -> str:
+        """What an override set a key to."""
+        return str(self.overrides.get(key, self.config.name if key == "name" else "nothing"))
 
     def value(self, key: str) -> str:
         """An option, several as ``a+b``, or a value of the configuration, as text.

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 stamp=.venv/installed
-wanted=$(cat pyproject.toml constraints.txt | sha256sum)
+wanted="$PWD $(cat pyproject.toml constraints.txt | sha256sum)"
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
 python=${PYTHON:-python3}

@@ -81,6 +81,14 @@ def loggers(folder: Path) -> list[str]:
     return ["logger=[wandb,tensorboard]", f"logger.wandb.save_dir={folder}", f"logger.tensorboard.save_dir={folder}"]
 
 
+def test_a_history_that_was_cut_off_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,0,3.5\n0,1,3.25\n0,2,3.0\n0")
+    callbacks.csv_logger(tmp_path, resumed_step=2)
+    with (tmp_path / "metrics.csv").open() as stream:
+        assert [row["train/loss"] for row in csv.DictReader(stream)] == ["3.5", "3.25"]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+
+
 # ---------------------------------------------------------------- Weights & Biases, read back
 
 
@@ -338,16 +346,21 @@ def test_early_stopping_ends_a_run_that_then_stays_ended(shapes: str, tmp_path: 
 
 
 def test_the_training_step_reads_nothing_back() -> None:
-    """On the meta device every synchronisation with the host is an error."""
+    """On the meta device every synchronisation with the host is an error; so is a number on its way to a GPU, which
+    waits for it: those are logged at the steps that are written only."""
     module = experiment.build(composed("loss.class_weights=enet", *SMALL), TABLE).to("meta")
     group = {"name": "all", "lr": 0.1}
     optimizers = [SimpleNamespace(param_groups=[group])]
-    module._trainer = SimpleNamespace(optimizers=optimizers, global_step=0, log_every_n_steps=10)  # type: ignore[assignment]
+    trainer = SimpleNamespace(optimizers=optimizers, global_step=0, log_every_n_steps=10)
+    module._trainer = trainer  # type: ignore[assignment]
     logged: dict[str, Any] = {}
-    module.log_dict = logged.update  # type: ignore[assignment, method-assign]
+    module.log_dict = lambda scalars, sync_dist: logged.update(scalars)  # type: ignore[assignment, method-assign]
     batch = {"image": torch.zeros(2, 3, 64, 128, dtype=torch.uint8, device="meta"),
              "mask": torch.zeros(2, 64, 128, dtype=torch.uint8, device="meta")}  # fmt: skip
     assert module.training_step(batch, 0).device.type == "meta"
+    assert not logged
+    trainer.global_step = 9
+    assert module.training_step(batch, 9).device.type == "meta"
     assert logged["lr/all"] == 0.1
     assert all(logged[f"train/kept/{name}"].device.type == "meta" for name in module.segmenter.network.head_names)  # type: ignore[union-attr]
 

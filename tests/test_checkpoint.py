@@ -179,8 +179,9 @@ def tiny(**options: Any) -> dict[str, Tensor]:
     return BiSeNetV2(19, width_multiplier=0.25, **options).state_dict()
 
 
-def test_published_weights_are_evaluated(file: Path, scenes: list[str], tmp_path: Path) -> None:
-    torch.save(tiny(), file)
+@pytest.mark.parametrize("aux", [True, False])
+def test_published_weights_are_evaluated(aux: bool, file: Path, scenes: list[str], tmp_path: Path) -> None:
+    torch.save(tiny(aux=aux), file)
     cfg = composed("data=synthetic", f"checkpoint={file}", "accelerator=cpu", *scenes, name="evaluate")
     config.check(cfg)
     typed = config.typed(cfg)

@@ -108,6 +108,8 @@ def test_every_experiment_says_what_it_is() -> None:
         ("+protocol.ss.foo=3", "unknown key protocol.ss.foo", "scales, flip"),
         ("protocol=[]", "protocol: got {}", "at least one protocol"),
         ("data.eval_window=[3]", "data.eval_window: got [3]", "at least 32"),
+        ("data.eval_short_side=0", "data.eval_short_side: got 0", "at least 32"),
+        ("protocol.ss.short_side=8", "protocol.ss.short_side: got 8", "at least 32"),
         ("evaluation.max_pixels_per_batch=0", "evaluation.max_pixels_per_batch: got 0", "at least 1"),
         ("+model.foo=3", "unknown key model.foo", "name, network, output_layers"),
         ("+data.synthetic.foo=3", "unknown key data.synthetic.foo", "train, val, test"),
@@ -208,7 +210,9 @@ def protocol_names(*overrides: str) -> list[str]:
         (["protocol=ss"], "ss"),
         (["protocol=mscf", "data=camvid"], "mscf"),  # the window belongs to the data
         (["protocol=ssc", "data=cityscapes", "protocol.ssc.window=[1024,1024]"], "ssc"),  # said, but nothing changed
+        (["protocol=ss", "data=ade20k"], "ss"),  # so does the size that pictures are brought to
         (["protocol.ss.scales=[0.5]"], "ss-scales-0.5"),
+        (["protocol.ss.short_side=512"], "ss-short_side-512"),
         (["protocol=mscf", "protocol.mscf.flip=false", "protocol.mscf.stride=0.5"], "mscf-flip-false-stride-0.5"),
         (["protocol=ssc", "protocol.ssc.window=[128,64]"], "ssc-window-128-64"),
         (["protocol=ssc", "protocol.ssc.merge=log_prob"], "ssc-merge-log_prob"),
@@ -254,7 +258,9 @@ def test_a_protocol_of_ones_own_keeps_its_name_until_it_is_changed(tmp_path: Pat
 
 
 def test_recipes_are_the_published_ones() -> None:
-    """The table of recipes, one row for each: crop, scale, rate, steps, warmup ratio, OHEM, precision."""
+    """The table of recipes, one row for each: crop, scale, rate, steps, warmup ratio, OHEM, precision; and then
+    jitter, contrast's pivot, SyncBN, order, what is done with a picture too small, mean of the reds, protocols.
+    """
     rows = {
         "cityscapes_bisenetv1": ([1024, 1024], [0.75, 2.0], 1e-2, 80000, 0.1, 0.0625, "fp16"),
         "cityscapes_bisenetv2": ([512, 1024], [0.25, 2.0], 5e-3, 150000, 0.1, 0.0625, "fp16"),
@@ -270,6 +276,23 @@ def test_recipes_are_the_published_ones() -> None:
         assert (cfg.optimizer.algorithm.momentum, cfg.optimizer.algorithm.weight_decay) == (0.9, 5e-4)
         assert (cfg.loss.threshold, cfg.loss.aux_weight, cfg.scheduler.power, cfg.augment.flip) == (0.7, 1, 0.9, 0.5)
         assert (cfg.scheduler.warmup, cfg.scheduler.warmup_steps, cfg.data.batch_size) == ("exponential", 1000, 16)
+    now, older = ["scale_crop_first", "pad", 0.3257], ["jitter_first", "enlarge", 0.485, ["ss", "mscf_older"]]
+    every = ["ss", "ssc", "msf", "mscf"]
+    further = {
+        "cityscapes_bisenetv1": [0.4, 74, False, *now, every],
+        "cityscapes_bisenetv2": [0.4, 74, True, *now, every],
+        "cityscapes_bisenetv2_older": [0.4, 74, False, *now, ["ss"]],
+        "cityscapes_bisenetv1_older": [0.5, None, True, *older],
+        "cityscapes_bisenetv1_diss": [0.5, None, True, *older],
+        "cityscapes_bisenetv2_paper": [0.0, 74, True, *now, ["half"]],
+    }
+    for experiment, row in further.items():
+        cfg = composed(f"experiment={experiment}")
+        augment = cfg.augment
+        assert augment.brightness == augment.contrast == augment.saturation
+        found = [augment.brightness, augment.contrast_pivot, cfg.strategy.sync_batchnorm, augment.order,
+                 augment.too_small, cfg.data.mean[0], list(cfg.protocol)]  # fmt: skip
+        assert found == row, experiment
     assert composed("experiment=cityscapes_bisenetv1_diss").model.network.structure == "one_path"
     assert composed("experiment=cityscapes_bisenetv2_older").model.output_layers == []
 

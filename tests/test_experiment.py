@@ -26,8 +26,8 @@ from bisenet.data import SegmentationDataModule
 from bisenet.module import SegmentationModule
 
 ROOT = Path(__file__).parents[1]
-FAST = ["debug=fast", "trainer.progress=false", "trainer.accelerator=cpu", "model.network.width_multiplier=0.25",
-        "protocol=[ss,half]"]  # fmt: skip
+FAST = ["debug=fast", "data.batch_size=2", "trainer.progress=false", "trainer.accelerator=cpu",
+        "model.network.width_multiplier=0.25", "protocol=[ss,half]"]  # fmt: skip
 VARIANTS = ["bisenetv1", "bisenetv1_diss", "bisenetv1_ushape", "bisenetv2", "bisenetv2_large"]
 
 
@@ -343,6 +343,22 @@ def test_nothing_that_exists_is_overwritten(finished: Path, scenes: list[str]) -
     assert not (finished.parent / "rum").exists()
 
 
+def test_a_directory_in_which_a_mistake_was_made_can_be_used_again(scenes: list[str], tmp_path: Path) -> None:
+    wrong = train(tmp_path, "first", *scenes, "loss.threshold=2")
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("ValueError: loss.threshold: got 2.0")
+    assert "Traceback" not in wrong.stderr
+    assert train(tmp_path, "first", *scenes, "trainer.max_steps=3").returncode == 0
+    assert results(tmp_path / "first")["step"] == 3
+
+
+def test_a_run_continues_where_it_lies(finished: Path) -> None:
+    done = script("train.py", f"resume={finished}", "hydra.run.dir=elsewhere", cwd=finished.parent)
+    assert done.returncode == 1
+    assert "where the run that is resumed lies" in done.stderr
+    assert not (finished.parent / "elsewhere" / "metrics.csv").exists()
+
+
 def test_an_evaluation_does_not_invent_the_data(finished: Path) -> None:
     done = script("evaluate.py", f"checkpoint={finished}", "data_root=nowhere", cwd=finished.parent)
     assert done.returncode != 0
@@ -366,7 +382,7 @@ def test_every_variant_of_both_generations_runs(
 
 @pytest.mark.data
 def test_camvid_trains_and_reports_the_test_split(camvid: Path, tmp_path: Path) -> None:
-    cfg = composed("debug=fast", "data=camvid", f"data.root={camvid}", "data.batch_size=2", "data.workers=0",
+    cfg = composed("debug=fast", "data=camvid", f"data.root={camvid}", "data.limit=null", "data.batch_size=2",
                    "trainer.progress=false", "trainer.accelerator=cpu")  # fmt: skip
     (tmp_path / "run").mkdir()
     found = experiment.train(cfg, tmp_path / "run")
@@ -390,6 +406,8 @@ def test_another_seed_gives_other_weights_and_the_same_seed_the_same() -> None:
         (["data.classes=pets"], "pets"),
         (["optimizer.groups.decay.layers=[heads]"], "heads"),
         (["model.network.generation=new"], "new"),
+        (["data.batch_size=1"], "a batch of 1 image in training"),
+        (["trainer.accumulate=4", "model=bisenetv1"], "a batch of 1 image in training"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_first_step(
@@ -401,11 +419,15 @@ def test_what_cannot_work_is_said_before_the_first_step(
     assert not (tmp_path / "metrics.csv").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(scenes: list[str], tmp_path: Path) -> None:
-    cfg = composed("debug=fast", *scenes, "optimizer.algorithm.lr=1e30", "trainer.progress=false",
-                   "trainer.accelerator=cpu")  # fmt: skip
+@pytest.mark.parametrize("interval", [1, 20])
+def test_a_run_that_diverges_stops_and_has_no_result(interval: int, scenes: list[str], tmp_path: Path) -> None:
+    """Also where the loss is not read on the way."""
+    cfg = composed(*FAST, *scenes, "optimizer.algorithm.lr=1e30", f"trainer.log_interval={interval}")
     with pytest.raises(FloatingPointError, match=r"optimizer\.algorithm\.lr"):
         experiment.train(cfg, tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    for file in (tmp_path / "checkpoints").glob("last.ckpt"):
+        assert all(value.isfinite().all() for value in checkpoint.read(file).weights.values())
 
 
 def test_files_that_are_no_checkpoint_are_refused_by_name(tmp_path: Path) -> None:

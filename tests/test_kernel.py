@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -185,6 +186,35 @@ def test_value_count_and_gradient_of_any_number_of_classes(device, shape, rule, 
     assume(unambiguous(case, **rule))
     with patch.object(kernel, "MAX_SPECIALIZED_CLASSES", 0):
         assert_as_good_as_stock(case, **rule)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "label_dtype", "classes"),
+    [
+        (torch.float32, torch.uint8, 2),
+        (torch.float32, torch.uint8, 171),
+        (torch.float16, torch.uint8, 19),
+        (torch.bfloat16, torch.int64, 19),
+    ],
+)
+def test_the_kernel_passes_the_example_that_decides_whether_it_runs(device, dtype, label_dtype, classes):
+    assert ops._disagreement(device, dtype, label_dtype, classes) is None
+
+
+def test_a_kernel_that_is_wrong_is_found_out(device, monkeypatch):
+    def wrong(logits, *arguments):
+        return kernel.ohem(logits * 1.1, *arguments)
+
+    monkeypatch.setattr(ops, "kernel", SimpleNamespace(ohem=wrong, LABEL_TYPES=kernel.LABEL_TYPES))
+    found = ops._disagreement(device, torch.float32, torch.uint8, 19)
+    assert found
+    assert found.startswith("its loss for an example is")
+
+    def failing(*_):
+        raise OSError("no such driver")
+
+    monkeypatch.setattr(ops, "kernel", SimpleNamespace(ohem=failing, LABEL_TYPES=kernel.LABEL_TYPES))
+    assert ops._disagreement(device, torch.float32, torch.uint8, 19) == "OSError: no such driver"
 
 
 @pytest.mark.parametrize("classes", [2, 33])
@@ -416,8 +446,8 @@ def test_a_kernel_that_cannot_be_built_is_replaced_and_said_so(monkeypatch, capl
     monkeypatch.setattr(kernel, "why_not", lambda *_: "ImportError: No module named 'cuda'")
     arguments = (torch.device("cuda", 7), torch.float16, torch.uint8, 19)
     assert not ops._kernel_runs("auto", *arguments)
-    assert "PyTorch implementation, because the CUDA kernel cannot be built: ImportError" in caplog.text
-    with pytest.raises(RuntimeError, match="cannot be built: ImportError"):
+    assert "PyTorch implementation, because the CUDA kernel does not run here: ImportError" in caplog.text
+    with pytest.raises(RuntimeError, match="does not run here: ImportError"):
         ops._kernel_runs("cuda", *arguments)
 
 
@@ -438,7 +468,7 @@ def test_the_source_is_in_the_wheel(tmp_path):
 def spills(arch: str, logit: str, label: str, classes: int) -> dict[str, int]:
     """Bytes that each kernel spills, by ptxas."""
     for module in ("cuda.core", "cuda.bindings.nvrtc"):
-        pytest.importorskip(module, reason="cuda-core is not installed: pip install 'bisenet[cuda]'")
+        pytest.importorskip(module, reason="cuda-core is not installed: pip install -e '.[cuda]'")
     log = io.StringIO()
     try:
         kernel.compile_source(arch, kernel.Specialization(logit, label, classes), logs=log)

@@ -1,6 +1,11 @@
 """Several processes: the same numbers, the same weights, one report; and an end when one of them fails."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -8,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from test_config import composed
-from test_experiment import rows, same, script, train
+from test_experiment import ROOT, rows, same, script, train
 from torch import nn
 
 from bisenet import config, launch
@@ -37,7 +42,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path, pictures: list[str]) -> None:
-    settings = [*pictures, "model=bisenetv1_diss", "loss=cross_entropy",
+    settings = [*pictures, "data.limit=null", "model=bisenetv1_diss", "loss=cross_entropy",
                 "augment.scale=[1,1]", "+callbacks.freeze={_target_: probe.FreezeNorm}",
                 "+callbacks.weights={_target_: probe.SaveWeights}"]  # fmt: skip
     for folder, devices in {"one": [], "two": TWO}.items():
@@ -71,6 +76,40 @@ def test_jobs_of_a_sweep_may_use_several_processes(tmp_path: Path, scenes: list[
         assert json.loads((tmp_path / "sweep" / seed / "provenance.json").read_text())["seeds"]["seed"] == int(seed)
         first, second = (torch.load(tmp_path / "sweep" / seed / f"rank_{rank}.pt") for rank in (0, 1))
         assert same(first, second)  # running statistics included, though each process saw other pictures
+
+
+@pytest.mark.slow
+def test_the_processes_end_with_the_job(tmp_path: Path, scenes: list[str]) -> None:
+    """Told to end, or killed: nothing trains on. Each as the README says it, for longer."""
+    for number, how in enumerate((signal.SIGTERM, signal.SIGKILL)):
+        run = tmp_path / f"run{number}"
+        command = [sys.executable, str(ROOT / "scripts" / "train.py"), "debug=fast", "strategy=ddp",
+                   "trainer.devices=2", "trainer.accelerator=cpu", *scenes, f"hydra.run.dir={run}",
+                   "trainer.max_steps=1000"]  # fmt: skip
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+            wait_until(lambda run=run: (run / "metrics.csv").exists(), "it trains")
+            job.send_signal(how)
+        wait_until(lambda run=run: not running(str(run)), "all processes have ended")
+        assert job.returncode != 0
+
+
+def wait_until(happened: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.2)
+
+
+def running(word: str) -> list[str]:
+    """Command lines and job files of the processes that know the word."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_text()
+            found += [line] if word in line or ("bisenet.launch" in line and "job.json" in line) else []
+        except OSError:  # it has ended
+            continue
+    return found
 
 
 @pytest.mark.slow

@@ -229,6 +229,14 @@ def test_an_interrupted_video_keeps_the_frames_it_has(tmp_path: Path, monkeypatc
     assert len(frames_of(tmp_path / "out" / "overlay" / "clip.mp4")) == 2
 
 
+def test_two_inputs_are_never_written_to_one_place(tmp_path: Path) -> None:
+    save(tmp_path / "in" / "drive" / "000000.png", noise(8, 8))
+    video(tmp_path / "in" / "drive.avi", 2)
+    with pytest.raises(ValueError, match=r"several files would be written to .*000000\.png"):
+        run(tmp_path / "in", tmp_path / "out", palette=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_camera_that_is_not_there_is_named(tmp_path: Path) -> None:
     (problem,) = run("93", tmp_path)
     assert "camera 93" in problem

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from test_callbacks import read_wandb
 from test_config import composed
 from test_experiment import FAST, results, rows, same, script
 
@@ -115,8 +116,12 @@ def test_what_cannot_be_compared_is_refused(two_models: Path, tmp_path: Path) ->
     with pytest.raises(FileNotFoundError, match="nowhere"):
         sweep.read_runs([str(tmp_path / "nowhere")])
     runs, _ = sweep.read_runs([str(two_models)])
-    with pytest.raises(ValueError, match="metric: got 'iou'"):
-        comparison.compare(runs, metric="iou")
+    for metric in ("iou", "seconds", "classes.road.pixels", "classes.road"):
+        for run in runs:
+            run.results["protocols"]["ss"] |= {"seconds": 0.5}
+            run.results["protocols"]["ss"]["classes"]["road"]["pixels"] = 7
+        with pytest.raises(ValueError, match=f"metric: got '{metric}'"):
+            comparison.compare(runs, metric=metric)
     with pytest.raises(ValueError, match="baseline: got 'v3', accepted: bisenetv1, bisenetv2"):
         comparison.compare(runs, baseline="v3")
     with pytest.raises(ValueError, match="values: got 'bisenetv1'"):
@@ -135,6 +140,43 @@ def test_any_score_can_be_compared(two_models: Path) -> None:
     assert found["groups"]["bisenetv1"]["mean"] == pytest.approx(90)
     assert found["comparisons"][0]["images"] is None  # the counts are those of the mean
     assert "no evidence of a difference" in found["comparisons"][0]["verdict"]
+
+
+def test_runs_are_repetitions_only_where_nothing_else_differs(two_models: Path) -> None:
+    """The lr was swept as well, and a user groups by the model: two rates with a seed are not that seed, twice."""
+    runs, _ = sweep.read_runs([str(two_models)], by=["name"])
+    summary = comparison.compare(runs)
+    assert {name: (g["n"], g["variance"]) for name, g in summary["protocols"]["ss"]["groups"].items()} == {
+        "fake": (6, None)}  # fmt: skip
+    assert summary["notes"] == [
+        "fake: its runs also differ in model (bisenetv1, bisenetv2): their spread is not of seeds alone"]  # fmt: skip
+
+
+def test_scores_of_other_images_are_not_compared(tmp_path: Path) -> None:
+    for data, pixels in (("camvid", 100), ("cityscapes", 999)):
+        for seed in (1, 2):
+            run = fake(tmp_path / f"{data},{seed}", f"data={data}", f"seed={seed}", ss=70.0 + seed)
+            stored = json.loads((run / "results.json").read_text())
+            stored["protocols"]["ss"]["classes"]["road"]["pixels"] = pixels
+            (run / "results.json").write_text(json.dumps(stored))
+    summary = comparison.compare(sweep.read_runs([str(tmp_path)])[0])
+    assert summary["protocols"]["ss"]["comparisons"] == []
+    assert summary["notes"] == [
+        "camvid and cityscapes are not compared: they were scored on other images or classes"]  # fmt: skip
+    comparison.write(summary, tmp_path)
+    assert summary["notes"][0] in (tmp_path / "summary.md").read_text()
+    with pytest.raises(ValueError, match="were scored on other images"):
+        comparison.compare(sweep.read_runs([str(tmp_path)], by=["name"])[0])
+
+
+def test_a_damaged_result_costs_the_others_nothing(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        fake(tmp_path / f"seed={seed}", f"seed={seed}", ss=70.0 + seed)
+    (tmp_path / "seed=2" / "results.json").write_text('{"split": "val", "proto')
+    (tmp_path / "seed=3" / "results.json").write_text('{"miou": 0.7}')
+    runs, missing = sweep.read_runs([str(tmp_path)])
+    assert [run.name for run in runs] == ["seed=1"]
+    assert set(missing) == {"seed=2", "seed=3"}
 
 
 def test_verdicts_are_honest() -> None:
@@ -282,9 +324,10 @@ def test_a_job_continues_only_with_its_own_configuration(tmp_path: Path, monkeyp
 
 def test_every_trick_is_switched_off_and_the_ablation_has_all_of_them() -> None:
     tricks = {file.stem for file in Path(config.conf_dir(), "without").glob("*.yaml")}
-    full = config.plain(composed("experiment=cityscapes_bisenetv1"))
+    full = config.plain(composed("experiment=cityscapes_bisenetv2"))
     for trick in tricks:
-        assert config.plain(composed("experiment=cityscapes_bisenetv1", f"without=[{trick}]")) != full, trick
+        assert config.plain(composed("experiment=cityscapes_bisenetv2", f"without=[{trick}]")) != full, trick
+    tricks -= {"sync_bn"}  # which a single device does not have
     params = OmegaConf.load(Path(config.conf_dir(), "experiment", "ablation_tricks.yaml")).hydra.sweeper.params
     arms = [frozenset(arm.split(",")) - {""} for arm in re.findall(r"\[([^]]*)\]", re.sub(r"\s", "", params.without))]
     one_out, one_in = [{trick} for trick in tricks], [tricks - {trick} for trick in tricks]
@@ -360,6 +403,23 @@ def test_a_killed_sweep_ends_as_an_undisturbed_one(scenes: list[str], tmp_path: 
         ours, theirs = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (calm, killed))
         assert same(ours["state_dict"], theirs["state_dict"])
         assert same(ours["optimizer_states"], theirs["optimizer_states"])
+
+
+@pytest.mark.slow
+def test_a_sweep_is_one_group_of_wandb_with_its_summary(scenes: list[str], tmp_path: Path) -> None:
+    done = multirun(tmp_path, *scenes, "without=[],[ohem,flip]", "seed=1", "sweep.name=x", "logger=wandb")
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "outputs" / "sweeps" / "x"
+    jobs = {name: read_wandb(folder / f"without={name}") for name in ("nothing", "ohem+flip")}
+    assert [list(job.run.tags) for job in jobs.values()] == [
+        ["seed=1", "without=[]"], ["seed=1", "without=[ohem,flip]"]]  # fmt: skip
+    assert jobs["ohem+flip"].config["loss"]["name"] == "cross_entropy"
+    summary = read_wandb(folder)
+    assert {run.run.run_group for run in (*jobs.values(), summary)} == {"x"}
+    assert (summary.run.display_name, list(summary.run.tags), summary.exit_code) == ("summary", ["summary"], 0)
+    table = json.loads((summary.folder / summary.last("summary/Groups, ss")["path"]).read_text())
+    assert [row[:2] for row in table["data"]] == [["full recipe", "1"], ["no tricks", "1"]]
+    assert summary.last("summary/figure")["count"] == 1
 
 
 @pytest.mark.slow

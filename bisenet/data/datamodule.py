@@ -176,6 +176,8 @@ class SegmentationDataModule(L.LightningDataModule):
         """Any split, without augmentation."""
         rank, world = self._rank()
         samples = self.samples(split)
+        if len(samples) < world:
+            raise ValueError(f"split {split!r} of {self.data.root}: {len(samples)} pictures, accepted: one per device")
         return self._loader(EvaluationSet(samples, self.table), sampler=range(rank, len(samples), world))
 
     def _rank(self) -> tuple[int, int]:

@@ -107,15 +107,31 @@ class Sample(NamedTuple):
         return self.forward + self.backward
 
 
-def measure(criterion: Criterion, logits: Tensor, target: Tensor, repeats: int) -> Sample:
-    """Median times of both passes, and the memory they need beyond their inputs (the gradient counts)."""
+def measure(criteria: dict[str, Criterion], logits: Tensor, target: Tensor, repeats: int) -> dict[str, Sample]:
+    """Median times of both passes, and the memory they need beyond their inputs (the gradient counts).
+
+    The implementations take turns, so that whatever else the machine does slows all of them. One that fails, for want
+    of a compiler or of memory, is named and left out.
+    """
     run = _measure_cuda if logits.is_cuda else _measure_cpu
-    for _ in range(2):
-        criterion(logits, target).backward()
-        logits.grad = None
-    samples = [run(criterion, logits, target) for _ in range(repeats)]
-    medians = Sample(*(statistics.median(values) for values in zip(*samples, strict=True)))
-    return medians if logits.is_cuda else medians._replace(peak=_peak_on_cpu(criterion, logits, target))
+    samples: dict[str, list[Sample]] = {name: [] for name in criteria}
+    for turn in range(-2, repeats):  # two to warm up
+        for name in list(samples):
+            try:
+                sample = run(criteria[name], logits, target)
+            except Exception as error:
+                print(f"{name} failed: {error}")
+                logits.grad = None
+                del samples[name]
+            else:
+                samples[name] += [sample] if turn >= 0 else []
+    medians = {
+        name: Sample(*(statistics.median(values) for values in zip(*taken, strict=True)))
+        for name, taken in samples.items()
+    }
+    if logits.is_cuda:
+        return medians
+    return {name: m._replace(peak=_peak_on_cpu(criteria[name], logits, target)) for name, m in medians.items()}
 
 
 def _measure_cuda(criterion: Criterion, logits: Tensor, target: Tensor) -> Sample:
@@ -281,7 +297,7 @@ def rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[s
         height, width = height // arguments.shrink, width // arguments.shrink
         for head, stride in enumerate(strides):
             torch._dynamo.reset()
-            criteria = {"naive": naive, "compiled": torch.compile(naive), "torch": ours("torch")}
+            criteria = {"naive": naive, "torch": ours("torch"), "compiled": torch.compile(naive)}
             if "cuda" in arguments.implementations:
                 criteria["cuda"] = ours("cuda")
             for dtype in arguments.dtypes:
@@ -294,10 +310,9 @@ def rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[s
                     valid, kept = (target != IGNORE).sum(), loss(logits, target)[1]
                     floor = floor_ms(logits, target, (kept / target.numel()).item(), rate)
                     logits.requires_grad_()
-                    for implementation in arguments.implementations:
-                        if implementation == "compiled" and ((network, head) not in COMPILED or dtype != "fp16"):
-                            continue
-                        sample = measure(criteria[implementation], logits, target, arguments.repeats)
+                    compiled = (network, head) in COMPILED and dtype == "fp16"
+                    asked = {i: criteria[i] for i in arguments.implementations if i != "compiled" or compiled}
+                    for implementation, sample in measure(asked, logits, target, arguments.repeats).items():
                         yield {
                             "network": network,
                             "head": head,
@@ -331,6 +346,21 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             f"{row['implementation']} | {row['forward_ms']:.3f} | {row['backward_ms']:.3f} | {row['peak_mib']:.1f} | "
             f"{base / total:.2f}, {memory:.1f} | {total / row['floor_ms']:.2f} |"
         )
+    return [*lines, "", *_totals(results)]
+
+
+def _totals(results: list[dict[str, Any]]) -> list[str]:
+    """All heads of a network together, as a training step needs them: naive/this."""
+    milliseconds: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in results:
+        total = milliseconds.setdefault((row["network"], row["dtype"], row["regime"]), {})
+        total[row["implementation"]] = total.get(row["implementation"], 0.0) + row["forward_ms"] + row["backward_ms"]
+    lines = ["| all heads of | type | regime | implementation | ms | naive/this |", "|---|---|---|---|---|---|"]
+    for (network, dtype, regime), total in milliseconds.items():
+        for name, value in total.items():
+            if name != "compiled":  # measured for some of the heads
+                ratio = total.get("naive", float("nan")) / value
+                lines.append(f"| {network} | {dtype} | {regime} | {name} | {value:.2f} | {ratio:.2f} |")
     return lines
 
 

@@ -71,12 +71,13 @@ def rows(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, 
         image = torch.randint(256, (images, 3, height, width), generator=draw, device=device, dtype=torch.uint8)
         mask = torch.randint(CLASSES, (images, height, width), generator=draw, device=device, dtype=torch.uint8)
         for dtype in ["fp16", "bf16"] if device.type == "cuda" else ["fp32"]:
-            for implementation in ["naive", "torch", "cuda"] if device.type == "cuda" else ["naive", "torch"]:
+            on_gpu = ["naive", "torch", "cuda", "cuda, deterministic"]
+            for implementation in on_gpu if device.type == "cuda" else on_gpu[:2]:
+                impl, _, deterministic = implementation.partition(", ")
+                torch.use_deterministic_algorithms(bool(deterministic), warn_only=True)
                 torch.manual_seed(0)
                 network = build(n_classes=CLASSES).to(device).train()
-                criterion = (
-                    Naive() if implementation == "naive" else OhemCrossEntropy(ignore_index=IGNORE, impl=implementation)
-                )
+                criterion = Naive() if impl == "naive" else OhemCrossEntropy(ignore_index=IGNORE, impl=impl)
                 step, peak, loss = measure(network, criterion, image, mask, DTYPES[dtype], arguments.repeats)
                 row = {
                     "network": name,

@@ -183,7 +183,7 @@ __device__ T block_sum(T value) {
         if (int(threadIdx.x) < count - half_count) partial[threadIdx.x] += partial[threadIdx.x + half_count];
         count = half_count;
     }
-    return partial[0];
+    return threadIdx.x == 0 ? partial[0] : T();  // the others would read while it is being written
 }
 
 // Sum of one number per block, in thread 0 of the last block, in a fixed order.

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
+from torch import distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bisenet import report
@@ -116,8 +116,9 @@ class ProgressBar(RichProgressBar):
 class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` so that a run killed at any moment continues as if nothing had happened.
 
-    Saved after a validation, else at the end of a step, and with the state of torch's random generators, which is
-    restored when the first step of the resumed run begins: building loaders and validating draw from them too.
+    Saved after a validation, else at the end of a step, and with the state of torch's random generators in every
+    process, which is restored when the first step of the resumed run begins: building loaders and validating draw from
+    them too.
 
     Args:
         path: the file; replaced atomically.
@@ -127,18 +128,24 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, path: Path, every: int) -> None:
         self.path = path
         self.every = every
-        self._rng: dict[str, Any] | None = None
+        self._rng: list[dict[str, torch.Tensor]] | None = None
         self._stopped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the generators, now, and whether the training was stopped early."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {"cpu": torch.get_rng_state(), "cuda": cuda, "stopped": self._stopped}
+        """State of the generators of each process, now, and whether the training was stopped early."""
+        own = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            own["cuda"] = torch.cuda.get_rng_state()
+        rng = [own]
+        if distributed.is_initialized():
+            rng *= distributed.get_world_size()
+            distributed.all_gather_object(rng, own)  # Lightning calls this in every process
+        return {"rng": rng, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the first step begins."""
-        self._rng = state_dict
-        self._stopped = state_dict.get("stopped", False)
+        self._rng = state_dict["rng"]
+        self._stopped = state_dict["stopped"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A training that was stopped early and killed in its evaluation does not go on: Lightning forgets the stop."""
@@ -146,10 +153,11 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore the generators once."""
-        if self._rng is not None and trainer.is_global_zero:  # the state is that of the first process
-            torch.set_rng_state(self._rng["cpu"].cpu())
-            for device, state in enumerate(self._rng["cuda"][: torch.cuda.device_count()]):
-                torch.cuda.set_rng_state(state.cpu(), device)
+        if self._rng is not None:
+            own = self._rng[trainer.global_rank]
+            torch.set_rng_state(own["cpu"].cpu())
+            if "cuda" in own and torch.cuda.is_available():
+                torch.cuda.set_rng_state(own["cuda"].cpu())
         self._rng = None
 
     def on_train_batch_end(
@@ -182,6 +190,33 @@ class LastCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             logger.save()  # the history on disk is never behind the weights
         trainer.save_checkpoint(self.path)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Writes ``best.ckpt`` at every validation with a higher score than all before.
+
+    A run continues wherever its directory lies by then, while Lightning's checkpoint looks for its files where they
+    were written, and forgets the best score when they are elsewhere.
+
+    Args:
+        folder: where to write.
+        monitor: the score.
+    """
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        super().__init__(folder, filename="best", monitor=monitor, mode="max", enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from there, with the files that lie here."""
+        assert self.dirpath is not None
+        written, here = state_dict["dirpath"], str(self.dirpath)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {moved(key): item for key, item in value.items()}
+            return here + value.removeprefix(written) if isinstance(value, str) and value.startswith(written) else value
+
+        super().load_state_dict({key: moved(value) for key, value in state_dict.items()})
 
 
 class WeightAverage(Callback):
@@ -405,7 +440,8 @@ class PredictionPanel(Callback):
     """After every validation, gives pictures and the table of classes to the loggers that can show them.
 
     W&B gets pictures with two masks, "prediction" and "truth", to be switched on and off by class; TensorBoard gets
-    picture, truth and prediction side by side. Others get nothing.
+    picture, truth and prediction side by side. Others get nothing. Each picture has a name of its own,
+    ``val/predictions/<number>``: W&B shows several under one name wrongly unless they are of one size.
 
     Args:
         pictures: image, RGB uint8 (H, W, 3), and mask, uint8 (H, W), of train ids; always the same ones.
@@ -436,19 +472,17 @@ class PredictionPanel(Callback):
             shown.append([np.ascontiguousarray(array[::thin, ::thin]) for array in (image, truth, prediction)])
         labels = {**dict(enumerate(self.classes.names)), self.classes.ignore_index: "ignored"}
         for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                masks = [
-                    {
-                        "prediction": {"mask_data": prediction, "class_labels": labels},
-                        "truth": {"mask_data": truth, "class_labels": labels},
+            for number, (image, truth, prediction) in enumerate(shown):
+                name = f"val/predictions/{number}"
+                if isinstance(logger, WandbLogger):
+                    masks = {
+                        kind: {"mask_data": mask, "class_labels": labels}
+                        for kind, mask in {"prediction": prediction, "truth": truth}.items()
                     }
-                    for _, truth, prediction in shown
-                ]
-                logger.log_image("val/predictions", [image for image, _, _ in shown], step, masks=masks)
-            elif isinstance(logger, TensorBoardLogger):
-                for number, (image, *ids) in enumerate(shown):
-                    row = np.hstack([image, *(overlay(image, mask, self.classes.palette, alpha=0.7) for mask in ids)])
-                    logger.experiment.add_image(f"val/predictions/{number}", row, step, dataformats="HWC")
+                    logger.log_image(name, [image], step, masks=[masks])
+                elif isinstance(logger, TensorBoardLogger):
+                    beside = [overlay(image, mask, self.classes.palette, alpha=0.7) for mask in (truth, prediction)]
+                    logger.experiment.add_image(name, np.hstack([image, *beside]), step, dataformats="HWC")
 
 
 def log_scores(loggers: Sequence[Logger], prefix: str, scores: Mapping[str, Any], step: int) -> None:

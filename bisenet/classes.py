@@ -215,8 +215,8 @@ class ClassTable:
         path = builtin.get(str(name_or_path), Path(name_or_path))
         if not path.is_file():
             raise ValueError(
-                f"class table: got {str(name_or_path)!r}, accepted: {' | '.join(builtin)} or the path of a YAML or "
-                "JSON file"
+                f"class table (data.classes): got {str(name_or_path)!r}, accepted: {' | '.join(builtin)} or the path "
+                "of a YAML or JSON file"
             )
         try:
             text = path.read_text(encoding="utf-8")

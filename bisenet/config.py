@@ -35,11 +35,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 log = logging.getLogger(__name__)
 
+TELLING = (ValueError, OSError, FloatingPointError)
+"""Errors whose message tells all that a user needs to know."""
+
 
 def _require(ok: bool, key: str, value: object, accepted: str) -> None:
     """Raise a ValueError that starts with the key, so that :func:`check` can put the path before it."""
     if not ok:
         raise ValueError(f"{key}: got {value!r}, accepted: {accepted}")
+
+
+_NAME, _NAME_ACCEPTED = r"\w[\w+.-]*", "letters, digits, '_', '+', '-' and '.'"  # of folders
 
 
 def _require_one_of(key: str, value: str, accepted: Sequence[str]) -> None:
@@ -463,8 +469,7 @@ class SweepConfig:
     loggers can group them by it."""
 
     def __post_init__(self) -> None:
-        ok = self.name is None or re.fullmatch(r"\w[\w+.-]*", self.name) is not None
-        _require(ok, "name", self.name, "letters, digits, '_', '+', '-' and '.'")
+        _require(self.name is None or re.fullmatch(_NAME, self.name) is not None, "name", self.name, _NAME_ACCEPTED)
 
 
 @dataclass
@@ -525,6 +530,7 @@ class TrainConfig:
             len(self.protocol) > 0, "protocol", {}, "at least one protocol, such as protocol=ss or protocol=[ss,mscf]"
         )
         _require_names(self.protocol)
+        _require(re.fullmatch(_NAME, self.name) is not None, "name", self.name, _NAME_ACCEPTED)
         _require(self.repeat >= 1, "repeat", self.repeat, "an integer of at least 1")
         if self.scheduler.name != "constant" and self.scheduler.warmup_steps >= self.trainer.max_steps:
             _require(
@@ -703,6 +709,11 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
             register()
             try:
                 hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(_telling(task))()
+            except OmegaConfBaseException as error:  # of a resolver, as run_dir
+                if os.environ.get("HYDRA_FULL_ERROR"):
+                    raise
+                told = str(error).splitlines()[0].partition("while resolving interpolation: ")
+                raise SystemExit(f"ValueError: {told[2] or told[0]}") from error
             except SystemExit as stop:
                 if stop.code == 1 and (hint := _explain(stop.__context__, _SCHEMAS[config_name])):
                     print(hint, file=sys.stderr)
@@ -720,7 +731,7 @@ def _telling(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
     def told(cfg: DictConfig) -> None:
         try:
             task(cfg)
-        except (ValueError, OSError, FloatingPointError) as error:
+        except TELLING as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR"):
                 raise  # a job's failure is Hydra's to record
             log.debug("ended by", exc_info=True)
@@ -777,7 +788,8 @@ def _config_subdir(resume: str | None, run_dir: str, mode: RunMode) -> str | Non
         )  # else a mistake was found before anything was written
         if begun and not continued:
             raise ValueError(
-                f"{run_dir} holds a run already; resume={run_dir} continues it, another directory starts anew"
+                f"hydra.run.dir: got {run_dir}, which holds a run already; accepted: another directory, or to continue "
+                f"training resume={run_dir}"
             )
     if continued:
         return f".hydra/resumed_{datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -920,6 +932,10 @@ def check_targets(cfg: DictConfig, passed: dict[str, tuple[str, ...]]) -> None:
     for path, node in _target_nodes(cfg):
         target = _locate(path, node["_target_"])
         written = {str(key): None for key in node if not str(key).startswith("_")}
+        if clash := sorted(written.keys() & set(passed.get(path, ()))):
+            raise ValueError(
+                f"{path}.{clash[0]}: got {node[clash[0]]!r}, accepted: no value here, since it follows from the data"
+            )
         try:
             inspect.signature(target).bind(**written, **dict.fromkeys(passed.get(path, ())))
         except TypeError as error:
@@ -1015,17 +1031,21 @@ def typed(node: Any) -> Any:
 
 def _explain(error: BaseException | None, schema: Any) -> str:
     """What is accepted where Hydra's composition failed; empty where there is nothing to add."""
+    said = ""
     while error is not None:
+        if override := re.search(r"Error merging override [+~]*([^=\s]+)=", str(error)):
+            said = override[1]
         found = re.search(r"full_key: (\S+)|Could not (?:override|append) '([^']+)'|[Kk]ey '([^']+)'", str(error))
         if found:
-            return _accepted(next(group for group in found.groups() if group).lstrip("+~"), schema)
+            key = next(group for group in found.groups() if group).lstrip("+~")
+            return _accepted(said if f".{key}." in said else key, schema)  # it may be named from within a new node
         error = error.__cause__ or error.__context__
     return ""
 
 
 def _accepted(full_key: str, schema: Any) -> str:
     path: list[str] = []
-    for part in full_key.split("."):
+    for part in re.sub(r"\[.*?\]", "", full_key).split("."):
         if is_dataclass(schema):
             known = {f.name: f.type for f in fields(schema)}
             if part not in known:
@@ -1039,6 +1059,11 @@ def _accepted(full_key: str, schema: Any) -> str:
         path.append(part)
     if is_dataclass(schema):
         return ""
+    if schema is Any and path != full_key.split("."):  # within a _target_ node
+        return (
+            f"{full_key}: not among the keys of the {'.'.join(path)} that was composed; +{full_key}=... adds it and is "
+            "checked against the signature of its _target_, whose message names what is accepted"
+        )
     name = schema.__name__ if isinstance(schema, type) and not get_args(schema) else str(schema)
     return f"{full_key}: accepted: {name}"
 

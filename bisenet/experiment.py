@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -32,6 +32,7 @@ from torch import nn
 from bisenet import checkpoint, config, pretrained, report
 from bisenet import predict as prediction
 from bisenet.callbacks import (
+    BestCheckpoint,
     LastCheckpoint,
     LossScale,
     PredictionPanel,
@@ -92,6 +93,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     config.check_targets(cfg, _PASSED)
     typed: TrainConfig = config.typed(cfg)
     typed.data.report_split = typed.evaluation.split or typed.data.report_split
+    _require_device("trainer.accelerator", typed.trainer.accelerator, typed.trainer.devices)
     _quiet()
 
     data = SegmentationDataModule(typed.data, typed.augment, seed=typed.data_seed)
@@ -100,13 +102,13 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     last = run_dir / "checkpoints" / "last.ckpt"
     continued = resumed and last.exists()
     resumed_step = checkpoint.read(last).step if continued else 0 if resumed else None
-    if resumed and not continued:
-        log.warning("%s has no checkpoint yet: the run begins again", run_dir)
-    if not continued:
-        load_pretrained(module.segmenter.network, typed.model)
-        if typed.finetune_from is not None:
-            checkpoint.finetune(module.segmenter.network, typed.finetune_from)
-    if rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0:  # the others are given what it has: weights by DDP, buffers by the module
+        if resumed and not continued and (run_dir / "provenance.json").exists():
+            log.warning("%s has no checkpoint yet: the run begins again", run_dir)
+        if not continued:
+            load_pretrained(module.segmenter.network, typed.model)
+            if typed.finetune_from is not None:
+                checkpoint.finetune(module.segmenter.network, typed.finetune_from)
         data.prepare_data()
         data.setup()
         if typed.loss.class_weights == "enet" and not continued:  # a checkpoint brings its own
@@ -117,50 +119,28 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     if typed.trainer.compile:
         module.segmenter.network.compile()
     origin = provenance(typed)
-    if not (run_dir / "provenance.json").exists() and rank_zero_only.rank == 0:
-        report.write_json(run_dir / "provenance.json", origin)
-    best = ModelCheckpoint(
-        run_dir / "checkpoints", filename="best", monitor=module.miou_key, mode="max", enable_version_counter=False
-    )
-    clock = StepClock()
+    best = BestCheckpoint(run_dir / "checkpoints", module.miou_key)
     decay = typed.trainer.ema_decay
     average = None if decay is None else WeightAverage(module.segmenter.network, decay)
     loggers = _loggers(cfg, resumed_step)
     for logger in loggers:
         logger.log_hyperparams(config.plain(cfg) | {"provenance": origin})
+    clock = StepClock()
     shown = loggers and rank_zero_only.rank == 0  # by the first process
     pictures = _pictures(data, typed.data.val_split) if shown else []
-    trainer = Trainer(
-        default_root_dir=run_dir,
-        max_steps=typed.trainer.max_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=typed.trainer.accumulate,
-        val_check_interval=min(typed.trainer.val_interval, typed.trainer.max_steps) * typed.trainer.accumulate,
-        check_val_every_n_epoch=None,
-        gradient_clip_val=typed.trainer.gradient_clip,
-        log_every_n_steps=typed.trainer.log_interval,
-        accelerator=typed.trainer.accelerator,
-        devices=typed.trainer.devices,
-        num_nodes=typed.trainer.num_nodes,
-        **_strategy(typed),
-        **_precision(typed),
-        use_distributed_sampler=False,  # ours already is
-        deterministic=typed.deterministic,
-        num_sanity_val_steps=0 if continued else 2,
-        logger=[csv_logger(run_dir, resumed_step), *loggers],
-        callbacks=[
-            clock,
-            LossScale(),
-            *([ProgressBar(clock, every=typed.trainer.log_interval)] if typed.trainer.progress else []),
-            *(config.instantiate(f"callbacks.{name}", node) for name, node in cfg.callbacks.items()),
-            *([PredictionPanel(pictures, data.table)] if loggers else []),
-            *([average] if average else []),
-            best,
-            LastCheckpoint(last, every=typed.trainer.checkpoint_interval),
-        ],
-        enable_progress_bar=typed.trainer.progress,
-        enable_model_summary=False,
-    )
+    callbacks = [
+        clock,
+        LossScale(),
+        *([ProgressBar(clock, every=typed.trainer.log_interval)] if typed.trainer.progress else []),
+        *(config.instantiate(f"callbacks.{name}", node) for name, node in cfg.callbacks.items()),
+        *([PredictionPanel(pictures, data.table)] if loggers else []),
+        *([average] if average else []),
+        best,
+        LastCheckpoint(last, every=typed.trainer.checkpoint_interval),
+    ]
+    trainer = _trainer(typed, run_dir, callbacks, [csv_logger(run_dir, resumed_step), *loggers], sanity=not continued)
+    if not (run_dir / "provenance.json").exists() and trainer.is_global_zero:
+        report.write_json(run_dir / "provenance.json", origin)
     log.info("run directory: %s", run_dir)
     if typed.deterministic and _on_gpu(typed):
         log.info("deterministic=true costs time on a GPU: kernels/ohem/bench_step.py measures how much")
@@ -215,6 +195,7 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> list[dict[str, Any]]:
         ValueError: a file that is no checkpoint of ours, a data set that does not fit it, or several checkpoints with
             different classes. Raised before the first evaluation.
     """
+    _require_device("accelerator", cfg.accelerator)
     _quiet()
     read = [read_model(path, cfg.data) for path in cfg.checkpoints]
     for other in read[1:]:
@@ -237,6 +218,34 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> list[dict[str, Any]]:
         report.write_text(run_dir / "results.md", report.markdown_table(columns))
         report.plot_iou(columns, read[0].classes, run_dir / "figures" / "iou_per_class.png")
     return list(results.values())
+
+
+def _trainer(
+    cfg: TrainConfig, run_dir: Path, callbacks: list[Callback], loggers: list[Logger], sanity: bool
+) -> Trainer:
+    """The training loop; ``sanity``: with a short validation before it."""
+    return Trainer(
+        default_root_dir=run_dir,
+        max_steps=cfg.trainer.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=cfg.trainer.accumulate,
+        val_check_interval=min(cfg.trainer.val_interval, cfg.trainer.max_steps) * cfg.trainer.accumulate,
+        check_val_every_n_epoch=None,
+        gradient_clip_val=cfg.trainer.gradient_clip,
+        log_every_n_steps=cfg.trainer.log_interval,
+        accelerator=cfg.trainer.accelerator,
+        devices=cfg.trainer.devices,
+        num_nodes=cfg.trainer.num_nodes,
+        **_strategy(cfg),
+        **_precision(cfg),
+        use_distributed_sampler=False,  # ours already is
+        deterministic=cfg.deterministic,
+        num_sanity_val_steps=2 if sanity else 0,
+        logger=loggers,
+        callbacks=callbacks,
+        enable_progress_bar=cfg.trainer.progress,
+        enable_model_summary=False,
+    )
 
 
 def _evaluation(
@@ -356,8 +365,7 @@ def predict(cfg: PredictConfig, run_dir: Path) -> list[str]:
     folder = run_dir if cfg.output is None else Path(cfg.output).expanduser()
     sources = prediction.find_sources(cfg.input, beside=folder)
     prediction.require_free(sources, cfg, folder)
-    if cfg.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("accelerator: got 'gpu', which is not available here; accepted: auto | cpu")
+    _require_device("accelerator", cfg.accelerator)
     device = "cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     return prediction.run(load(cfg.checkpoint, cfg.data, cfg.protocol).to(device), sources, cfg, folder)
 
@@ -417,7 +425,11 @@ def build(cfg: DictConfig, classes: ClassTable) -> SegmentationModule:
 
 def _groups(cfg: DictConfig, network: nn.Module) -> list[dict[str, Any]]:
     typed, algorithm = config.typed(cfg.optimizer), cfg.optimizer.algorithm
-    return parameter_groups(network, typed.groups, lr=algorithm.lr, weight_decay=algorithm.weight_decay)
+    try:
+        return parameter_groups(network, typed.groups, lr=algorithm.lr, weight_decay=algorithm.weight_decay)
+    except ValueError as error:
+        layers = list(cfg.model.output_layers)
+        raise ValueError(f"optimizer.groups, where model.output_layers is {layers}: {error}") from error
 
 
 def _rehearse(cfg: DictConfig, module: SegmentationModule) -> None:
@@ -426,9 +438,16 @@ def _rehearse(cfg: DictConfig, module: SegmentationModule) -> None:
     module.optimizer_factory(network)
     log.info("parameter groups:\n%s", describe_groups(_groups(cfg, network)))
     typed: TrainConfig = config.typed(cfg)
-    if typed.data.batch_size == typed.trainer.accumulate * typed.trainer.devices * typed.trainer.num_nodes:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # can it learn from one image at a time?
-            copy.deepcopy(network).train()(torch.zeros(1, 3, *typed.augment.crop))
+    parts = typed.trainer.accumulate * typed.trainer.devices * typed.trainer.num_nodes
+    if typed.data.batch_size == parts and not _strategy(typed).get("sync_batchnorm"):
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # can it learn from one image at a time?
+                copy.deepcopy(network).train()(torch.zeros(1, 3, *typed.augment.crop))
+        except ValueError as error:
+            raise ValueError(
+                f"data.batch_size: got {typed.data.batch_size}, one image for each of {parts} (devices x "
+                f"trainer.accumulate), with augment.crop {list(typed.augment.crop)}: {error}"
+            ) from error
 
 
 def load_pretrained(network: nn.Module, model: ModelConfig) -> None:
@@ -461,6 +480,17 @@ def _segmenter(cfg: DictConfig, classes: ClassTable) -> Segmenter:
     protocols = config.protocols(config.typed(cfg.protocol), config.typed(cfg.data))
     most = cfg.evaluation.max_pixels_per_batch
     return Segmenter(network, classes, list(cfg.data.mean), list(cfg.data.std), protocols, most)
+
+
+def _require_device(key: str, accelerator: str, devices: int = 1) -> None:
+    """Raise a ValueError where there are no such devices, or not as many."""
+    gpus = torch.cuda.device_count()
+    if accelerator == "gpu" and not gpus:
+        raise ValueError(f"{key}: got 'gpu', which is not available here; accepted: auto | cpu")
+    if accelerator != "cpu" and 0 < gpus < devices:
+        raise ValueError(
+            f"{key}: got {accelerator!r} for {devices} devices, accepted: cpu, or the {gpus} GPUs there are"
+        )
 
 
 def _on_gpu(cfg: TrainConfig) -> bool:
@@ -533,7 +563,14 @@ def _evaluate(
         module.to(trainer.strategy.root_device)  # Lightning has brought it back to the CPU
         _illustrate(module, protocols, data, split, folder)
         module.cpu()
-    return {"split": split, "evaluation_seconds": round(seconds, 1), "protocols": protocols}
+    first, scores = next(iter(protocols.items()))
+    return {
+        "split": split,
+        "protocol": first,
+        "miou": scores["miou"],
+        "evaluation_seconds": round(seconds, 1),
+        "protocols": protocols,
+    }
 
 
 def _illustrate(

@@ -14,12 +14,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from bisenet import config
+
+log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -28,7 +32,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """Train as :func:`bisenet.experiment.train` does, here or in one process for each device of this node.
 
     Raises:
-        ChildProcessError: a process failed; its own error has been printed before.
+        ChildProcessError: a process failed; the message is that of its error.
         ValueError: as ``experiment.train``, or a run that is to be resumed elsewhere.
     """
     if cfg.resume is not None and Path(cfg.resume).resolve() != run_dir.resolve():
@@ -46,17 +50,25 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "job.json")
         file.write_text(json.dumps(job))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        processes = ["--nproc-per-node", str(cfg.trainer.devices), "-m", "bisenet.launch", str(file)]
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.trainer.devices))}
-        code = _run([*torchrun, *processes], threads | os.environ)
-    if code:
-        raise ChildProcessError(f"strategy=ddp: a process ended with code {code}; its error stands above")
+        if code := _run([sys.executable, "-m", "bisenet.launch", str(file)], threads | os.environ):
+            raise ChildProcessError(f"strategy=ddp: {_first_error(Path(folder), code)}")
     return json.loads((run_dir / "results.json").read_text())
 
 
+def _first_error(folder: Path, code: int) -> str:
+    """What the process that failed first has left; the others fail for want of it. Goes to the log of the job."""
+    errors = [json.loads(file.read_text()) for file in folder.glob("error_*.json")]
+    if not errors:
+        return f"a process ended with code {code} and without an error, as one that is killed for want of memory"
+    first = min(errors, key=lambda error: error["time"])
+    if first["traceback"]:
+        log.error("process %d failed:\n%s", first["rank"], first["traceback"])
+    return f"process {first['rank']}: {first['message']}"
+
+
 def _run(command: list[str], environment: dict[str, str]) -> int:
-    """Run torchrun, which ends with this process however that ends: else it would train on, and beside a resumption."""
+    """Run a command that ends with this process however that ends: else it would train on, and beside a resumption."""
 
     def stop(*_: object) -> None:
         raise SystemExit(128 + signal.SIGTERM)
@@ -68,7 +80,7 @@ def _run(command: list[str], environment: dict[str, str]) -> int:
     try:
         return child.wait()
     finally:
-        child.terminate()  # torchrun ends its processes; nothing happens where it has ended
+        child.terminate()  # ends its processes; nothing happens where it has ended
         child.wait()
         if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -80,16 +92,36 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _torchrun(file: Path) -> None:
+    """The parent of the processes; their job makes the report of a failure, which torchrun would bury."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    devices = json.loads(file.read_text())["config"]["trainer"]["devices"]
+    try:
+        main(["--standalone", "--nproc-per-node", str(devices), "-m", "bisenet.launch", str(file)])
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        raise SystemExit(code if code > 0 else 128 - code) from None
+
+
 def _worker(file: Path) -> None:
     """One of the processes that torchrun starts."""
     job = json.loads(file.read_text())
     sys.argv = job["command"]  # what the run was started with, for its provenance
-    if int(os.environ["RANK"]) == 0:
+    rank = int(os.environ["RANK"])
+    if rank == 0:
         logging.config.dictConfig(job["logging"])
     from bisenet import experiment
 
-    experiment.train(config.restore(job["config"]), Path(job["run_dir"]))
+    try:
+        experiment.train(config.restore(job["config"]), Path(job["run_dir"]))
+    except Exception as error:
+        told = {"time": time.time(), "rank": rank, "message": f"{type(error).__name__}: {error}"}
+        told["traceback"] = "" if isinstance(error, config.TELLING) else traceback.format_exc()
+        file.with_name(f"error_{rank}.json").write_text(json.dumps(told))
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":
-    _worker(Path(sys.argv[1]))
+    (_worker if "LOCAL_RANK" in os.environ else _torchrun)(Path(sys.argv[1]))

@@ -23,8 +23,8 @@ OptimizerFactory = Callable[[nn.Module], tuple[torch.optim.Optimizer, torch.opti
 class SegmentationModule(LightningModule):
     """Calls the network, the loss, the metric and the optimizer that it is given, and logs.
 
-    Logged: ``train/loss``, ``train/loss/<head>``, ``train/kept/<head>`` (share of the pixels that the loss keeps),
-    ``lr/<group>``, ``val/<protocol>/miou``.
+    Logged: ``train/loss``, ``train/loss/<head>``, ``train/kept/<head>`` (share of the valid pixels that the loss
+    keeps), ``lr/<group>``, ``val/<protocol>/miou``. Of accumulated batches, the mean.
 
     Args:
         segmenter: network, normalisation, protocols and class table. The first protocol scores the validations, a
@@ -58,21 +58,25 @@ class SegmentationModule(LightningModule):
         self.validated_step: int | None = None
         """Step of the last validation that ended, if it is what ``evaluation`` holds."""
         self.miou_key = miou_key(segmenter.protocols)
+        self._accumulated: list[Tensor] = []  # scalars of the batches of the step that has begun
 
-    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One batch: image (B, 3, H, W) uint8, mask (B, H, W) uint8 -> loss."""
         network = self.segmenter.network
         output = network(self.segmenter.normalize(batch["image"]))
         loss = self.loss(output, batch["mask"], align_corners=bool(network.align_corners))
         if not self._written(self.global_step + 1):
             return loss.total  # a number that is logged from the host would make it wait for the device
-        names: tuple[str, ...] = network.head_names  # type: ignore[assignment]
-        scalars: dict[str, Any] = {"train/loss": loss.total}
-        scalars |= {f"train/loss/{name}": value for name, value in zip(names, loss.heads, strict=True)}
-        pixels = batch["mask"].numel()
-        scalars |= {f"train/kept/{name}": kept / pixels for name, kept in zip(names, loss.kept, strict=True)}
-        scalars |= {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
-        self.log_dict(scalars, sync_dist=True)  # means over the devices
+        valid = (batch["mask"] != self.segmenter.classes.ignore_index).sum().clamp(min=1)
+        scalars = torch.stack([loss.total, *loss.heads, *(kept / valid for kept in loss.kept)])
+        self._accumulated.append(scalars.detach())
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            heads: tuple[str, ...] = network.head_names  # type: ignore[assignment]
+            names = ["train/loss", *(f"train/{kind}/{head}" for kind in ("loss", "kept") for head in heads)]
+            logged: dict[str, Any] = dict(zip(names, torch.stack(self._accumulated).mean(0), strict=True))
+            logged |= {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
+            self.log_dict(logged, sync_dist=True)  # means over the devices
+            self._accumulated.clear()
         return loss.total
 
     def _written(self, step: int) -> bool:

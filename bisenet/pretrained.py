@@ -23,7 +23,7 @@ def fetch(source: str, sha256: str | None = None) -> Path:
     Args:
         source: a path, or a URL (``https``, ``http``, ``file``), downloaded once to the cache of ``torch.hub``.
         sha256: the digest or its first digits; None: the part of the file's name after the last ``-``, where that is 8
-            or more hexadecimal digits, else none: the digest is then logged.
+            or more hexadecimal digits with a letter among them, else none: the digest is then logged.
 
     Raises:
         ValueError: no such file, no answer, or another digest; the message says what to do.
@@ -31,7 +31,7 @@ def fetch(source: str, sha256: str | None = None) -> Path:
     url = source if urlparse(source).scheme in ("http", "https", "file") else None
     name = Path(urlparse(source).path if url else source).name
     file = Path(torch.hub.get_dir(), "checkpoints", name) if url else Path(source).expanduser()
-    named = re.search(r"-([0-9a-f]{8,64})\.[^.]+$", name)
+    named = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.[^.]+$", name)  # with a letter: else it may be a date
     expected = sha256 or (named and named.group(1))
     if url and not file.is_file():
         _download(url, file, expected)
@@ -43,7 +43,11 @@ def fetch(source: str, sha256: str | None = None) -> Path:
     if expected is None:
         log.info("pretrained weights: %s has the sha256 %s; nothing to check it against", file, digest)
     elif not digest.startswith(expected):
-        raise ValueError(f"{file} has the sha256 {digest}, expected: {expected}...; delete it if it is damaged")
+        source = "model.pretrained_sha256" if sha256 else "the end of its name"
+        advice = (
+            "delete it to have it downloaded again" if url else "model.pretrained_sha256=<digest> takes it as it is"
+        )
+        raise ValueError(f"{file} has the sha256 {digest}, accepted after {source}: {expected}...; {advice}")
     return file
 
 

@@ -288,6 +288,7 @@ def _panel(axes: Axes, title: str, abscissa: str = "step") -> None:
 def _save(figure: Figure, out: Path, photographs: bool = False) -> None:
     """Write a PNG file; photographs in 256 colours, which is a third of the size and the same to the eye."""
     drawn = BytesIO()
+    figure.draw_without_rendering()  # rotated labels move what the layout has placed; the second time it fits
     figure.savefig(drawn, dpi=_DPI)
     picture = Image.open(drawn).convert("RGB")
     if photographs:
@@ -298,12 +299,12 @@ def _save(figure: Figure, out: Path, photographs: bool = False) -> None:
 
 
 def _read_series(metrics_csv: Path) -> dict[str, Series]:
-    """Every column of a metrics file, over ``step``; without that column, over its rows."""
+    """Every column of a metrics file over the steps done, which ``step`` counts from 0."""
     with metrics_csv.open(newline="") as file:
         rows = list(csv.DictReader(file))
     series = {}
     for name in rows[0] if rows else ():
-        points = [(_float(row.get("step", number)), _float(row.get(name))) for number, row in enumerate(rows)]
+        points = [(_float(row.get("step")) + 1, _float(row.get(name))) for row in rows]
         points = [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
         if points:
             series[name] = tuple(np.array(points).T)

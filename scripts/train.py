@@ -8,14 +8,16 @@ from bisenet import config, launch, sweep
 @config.entry("train")
 def main(cfg: DictConfig) -> None:
     """Check the configuration, then do the work."""
-    config.check(cfg)
     if sweep.is_job():
+        config.check(cfg)
         continued = sweep.job(cfg)
         if continued is None:
             return
         cfg = continued
     elif cfg.resume is not None:
         cfg = config.resumed(cfg, config.overrides())
+    else:
+        config.check(cfg)
     launch.train(cfg, config.output_dir())
 
 

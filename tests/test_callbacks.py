@@ -193,16 +193,16 @@ def test_scalars_are_those_of_the_csv_file(recorded: Recorded, everything: Path)
 
 
 def test_pictures_carry_masks_with_class_names(recorded: Recorded) -> None:
-    shown = recorded.last("val/predictions")
-    assert (shown["count"], shown["_type"]) == (2, "images/separated")
     labels = {**{str(i): name for i, name in enumerate(TABLE.names)}, "255": "ignored"}
     table = recorded.config["_wandb"].get("mask/class_labels", {})
-    for kind in ("prediction", "truth"):
-        masks = [Image.open(recorded.folder / masks[kind]["path"]) for masks in shown["all_masks"]]
-        assert [mask.size for mask in masks] == [(128, 64)] * 2
-        named = table.get(f"val/predictions_wandb_delimeter_{kind}", {}).get("value")
-        assert named == labels
-    assert [Image.open(recorded.folder / name).size for name in shown["filenames"]] == [(128, 64)] * 2
+    for number in range(2):  # each under a name of its own: W&B wants those of one name to be of one size
+        shown = recorded.last(f"val/predictions/{number}")
+        assert (shown["count"], shown["_type"]) == (1, "images/separated")
+        for kind in ("prediction", "truth"):
+            (mask,) = [Image.open(recorded.folder / masks[kind]["path"]) for masks in shown["all_masks"]]
+            assert mask.size == (128, 64)
+            assert table.get(f"val/predictions/{number}_wandb_delimeter_{kind}", {}).get("value") == labels
+        assert [Image.open(recorded.folder / name).size for name in shown["filenames"]] == [(128, 64)]
 
 
 def test_every_evaluation_leaves_a_table_of_classes(recorded: Recorded, everything: Path) -> None:
@@ -285,6 +285,39 @@ def test_the_average_is_reported_apart_and_can_be_loaded(everything: Path) -> No
     assert bisenet.load(average.path).predict(np.zeros((64, 128, 3), np.uint8)).shape == (64, 128)
 
 
+def test_the_best_checkpoint_moves_with_its_run(tmp_path: Path) -> None:
+    score = torch.tensor(0.5)
+    written = callbacks.BestCheckpoint(tmp_path / "there", "miou")
+    written.best_model_path = written.kth_best_model_path = str(tmp_path / "there" / "best.ckpt")
+    written.best_model_score = written.kth_value = score
+    written.best_k_models = {written.best_model_path: score}
+    moved = callbacks.BestCheckpoint(tmp_path / "here", "miou")
+    moved.load_state_dict(written.state_dict())
+    best = str(tmp_path / "here" / "best.ckpt")
+    assert (moved.best_model_path, moved.kth_best_model_path, moved.best_k_models) == (best, best, {best: score})
+    assert (moved.best_model_score, moved.kth_value) == (score, score)
+
+
+def test_what_is_logged_of_accumulated_batches_is_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is kept is a share of the valid pixels: ignored ones, such as padding, count nowhere."""
+    cfg = composed("loss.min_kept=1.0", "model.network.width_multiplier=0.25", "trainer.accumulate=2")
+    module = experiment.build(cfg, TABLE)
+    trainer = SimpleNamespace(log_every_n_steps=1, accumulate_grad_batches=2, global_step=0, optimizers=[
+        torch.optim.SGD([{"params": module.parameters(), "name": "all"}], lr=0.1)])  # fmt: skip
+    logged: dict[str, Any] = {}
+    monkeypatch.setattr(type(module), "trainer", property(lambda _: trainer))
+    monkeypatch.setattr(module, "log_dict", lambda scalars, **_: logged.update(scalars))
+    losses = []
+    for part in range(2):
+        assert not logged
+        batch = {"image": torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), "mask": torch.full((2, 64, 64), part)}
+        batch["mask"][:, : 16 * (1 + part)] = TABLE.ignore_index
+        losses.append(module.training_step(batch, part).item())
+    assert logged["train/loss"].item() == pytest.approx(sum(losses) / 2)
+    assert logged["train/kept/head"].item() == pytest.approx(1)
+    assert logged["lr/all"] == 0.1
+
+
 def test_the_average_follows_its_recursion() -> None:
     network, step = nn.Linear(2, 1), SimpleNamespace(accumulate_grad_batches=2)
     average = callbacks.WeightAverage(network, decay=0.75)
@@ -351,7 +384,7 @@ def test_the_training_step_reads_nothing_back() -> None:
     module = experiment.build(composed("loss.class_weights=enet", *SMALL), TABLE).to("meta")
     group = {"name": "all", "lr": 0.1}
     optimizers = [SimpleNamespace(param_groups=[group])]
-    trainer = SimpleNamespace(optimizers=optimizers, global_step=0, log_every_n_steps=10)
+    trainer = SimpleNamespace(optimizers=optimizers, global_step=0, log_every_n_steps=10, accumulate_grad_batches=1)
     module._trainer = trainer  # type: ignore[assignment]
     logged: dict[str, Any] = {}
     module.log_dict = lambda scalars, sync_dist: logged.update(scalars)  # type: ignore[assignment, method-assign]

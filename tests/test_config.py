@@ -66,6 +66,7 @@ def test_every_experiment_says_what_it_is() -> None:
         first, *header = [line for line in file.read_text().splitlines() if line.startswith("#")]
         assert first == "# @package _global_", file.name
         assert any(f"experiment={file.stem}" in line or "demo.sh" in line for line in header), file.name
+        assert any(word in line for line in header for word in ("mIoU", "ot run", "README")), file.name
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,7 @@ def test_every_experiment_says_what_it_is() -> None:
         ("data.std=[0.1,0,0.1]", "data.std: got [0.1, 0.0, 0.1]", "(0, 1]"),
         ("data.synthetic.size=[3]", "data.synthetic.size: got [3]", "at least 64"),
         ("augment.scale=[2,0.5]", "augment.scale: got [2.0, 0.5]", "low <= high"),
+        ("name=../mine", "name: got '../mine'", "letters, digits"),
         ("augment.crop=[16,16]", "augment.crop: got [16, 16]", "at least 32"),
         ("optimizer.groups.decay.kind=bias", "optimizer.groups.decay.kind: got 'bias'", "weight | norm_bias | any"),
         ("optimizer.groups.decay.layers=head", "optimizer.groups.decay.layers: got 'head'", "list"),
@@ -146,6 +148,9 @@ def test_targets_are_bound_to_the_signature(override: str, named: str, accepted:
     ("override", "named"),
     [
         ("trainer.max_stepz=3", "trainer.max_stepz: trainer takes: max_steps"),
+        ("augment.crop=[a,b]", "augment.crop[0]: accepted: list[int]"),
+        ("+optimizer.groups.mine.lay=3", "optimizer.groups.mine.lay: optimizer.groups.mine takes: layers"),
+        ("model.network.widht=3", "+model.network.widht=... adds it and is checked against the signature"),
         ("trainer.max_steps=abc", "trainer.max_steps: accepted: int"),
         ("model=foo", "bisenetv1_diss"),
     ],
@@ -236,6 +241,14 @@ def test_protocols_are_chosen_together_and_the_first_one_validates() -> None:
 def test_checkpoints_are_paths_that_differ(checkpoint: str) -> None:
     with pytest.raises(ValueError, match="checkpoint: got"):
         config.check(composed(f"checkpoint={checkpoint}", name="evaluate"))
+
+
+def test_learning_by_heart_takes_any_data_where_it_lies() -> None:
+    for option in (option for option in OPTIONS if option.startswith("data=")):
+        needed = NEEDED.get(option, [])
+        assert composed("debug=overfit", option, *needed).data.root == composed(option, *needed).data.root
+    demo = composed("experiment=demo", "debug=overfit").data
+    assert (demo.root, demo.synthetic.train, demo.synthetic.scene) == ("data/shapes", 8, "shapes")
 
 
 def test_a_protocol_of_ones_own_keeps_its_name_until_it_is_changed(tmp_path: Path) -> None:

@@ -335,11 +335,12 @@ def test_nothing_that_exists_is_overwritten(finished: Path, scenes: list[str]) -
     before = files()
     done = train(finished.parent, "run", *scenes, "seed=1")
     assert done.returncode != 0
-    assert "holds a run already" in done.stderr
+    assert done.stderr.startswith("ValueError: hydra.run.dir: got run, which holds a run already")
+    assert "Traceback" not in done.stderr
     assert files() == before
     typo = script("train.py", "resume=rum", cwd=finished.parent)
     assert typo.returncode != 0
-    assert "resume: got 'rum'" in typo.stderr
+    assert typo.stderr.startswith("ValueError: resume: got 'rum'")
     assert not (finished.parent / "rum").exists()
 
 
@@ -350,6 +351,13 @@ def test_a_directory_in_which_a_mistake_was_made_can_be_used_again(scenes: list[
     assert "Traceback" not in wrong.stderr
     assert train(tmp_path, "first", *scenes, "trainer.max_steps=3").returncode == 0
     assert results(tmp_path / "first")["step"] == 3
+
+
+def test_what_may_not_change_when_a_run_is_resumed_is_named(finished: Path) -> None:
+    """Also where it would not fit the defaults, which the run does not have."""
+    done = script("train.py", f"resume={finished}", "trainer.max_steps=10", cwd=finished.parent)
+    assert done.returncode == 1
+    assert done.stderr.startswith("ValueError: resume: trainer.max_steps may not change")
 
 
 def test_a_run_continues_where_it_lies(finished: Path) -> None:
@@ -406,8 +414,10 @@ def test_another_seed_gives_other_weights_and_the_same_seed_the_same() -> None:
         (["data.classes=pets"], "pets"),
         (["optimizer.groups.decay.layers=[heads]"], "heads"),
         (["model.network.generation=new"], "new"),
-        (["data.batch_size=1"], "a batch of 1 image in training"),
-        (["trainer.accumulate=4", "model=bisenetv1"], "a batch of 1 image in training"),
+        (["data.batch_size=1"], r"data\.batch_size: got 1, .* a batch of 1 image in training"),
+        (["trainer.accumulate=4", "model=bisenetv1"], "one image for each of 4 .* a batch of 1 image in training"),
+        (["model.output_layers=[nothere]"], r"model\.output_layers is \['nothere'\]"),
+        (["+model.network.n_classes=5"], r"model\.network\.n_classes: got 5"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_first_step(
@@ -417,6 +427,20 @@ def test_what_cannot_work_is_said_before_the_first_step(
     with pytest.raises((ValueError, FileNotFoundError), match=named):
         experiment.train(cfg, tmp_path)
     assert not (tmp_path / "metrics.csv").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_first(finished: Path, scenes: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.accelerator: got 'gpu', which is not available here"):
+        experiment.train(composed("debug=fast", *scenes, "trainer.accelerator=gpu"), tmp_path)
+    with pytest.raises(ValueError, match=r"accelerator: got 'gpu', which is not available here"):
+        experiment.evaluate(config.EvaluateConfig(checkpoint=str(finished), accelerator="gpu"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_score_of_the_first_protocol_stands_at_the_top(finished: Path) -> None:
+    found = results(finished)
+    assert (found["protocol"], found["miou"]) == ("ss", found["protocols"]["ss"]["miou"])
 
 
 @pytest.mark.parametrize("interval", [1, 20])

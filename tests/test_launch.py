@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -16,7 +17,7 @@ from test_config import composed
 from test_experiment import ROOT, rows, same, script, train
 from torch import nn
 
-from bisenet import config, launch
+from bisenet import config, experiment, launch
 from bisenet.classes import ClassTable
 from bisenet.experiment import build
 from bisenet.optim import CountingGradScaler
@@ -42,8 +43,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path, pictures: list[str]) -> None:
-    settings = [*pictures, "data.limit=null", "model=bisenetv1_diss", "loss=cross_entropy",
-                "augment.scale=[1,1]", "+callbacks.freeze={_target_: probe.FreezeNorm}",
+    start = build(composed("model=bisenetv1_diss", "init_seed=5"), ClassTable.load("camvid")).segmenter.network
+    torch.save(start.state_dict(), tmp_path / "start.pth")  # which the first process reads, for both
+    settings = [*pictures, "data.limit=null", "model=bisenetv1_diss", "loss=cross_entropy", "augment.scale=[1,1]",
+                "finetune_from=start.pth", "+callbacks.freeze={_target_: probe.FreezeNorm}",
                 "+callbacks.weights={_target_: probe.SaveWeights}"]  # fmt: skip
     for folder, devices in {"one": [], "two": TWO}.items():
         done = script("train.py", "debug=fast", "trainer.accelerator=cpu", "trainer.progress=false", *settings,
@@ -115,9 +118,38 @@ def running(word: str) -> list[str]:
 @pytest.mark.slow
 def test_a_process_that_fails_ends_the_job_with_its_error(tmp_path: Path, scenes: list[str]) -> None:
     done = train(tmp_path, "run", *scenes, *TWO, "+callbacks.fail={_target_: probe.Fail}")
-    assert done.returncode != 0
-    assert "the second process cannot go on" in done.stderr
-    assert "strategy=ddp: a process ended with code" in done.stderr
+    assert done.returncode == 1
+    assert "ChildProcessError: strategy=ddp: process 1: RuntimeError: the second process cannot go on" in done.stderr
+    assert "in on_train_batch_start" in (tmp_path / "run" / "train.log").read_text()  # the traceback stays with the run
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_without_a_traceback_whatever_the_number_of_processes(tmp_path: Path) -> None:
+    done = train(tmp_path, "run", *TWO, "data=cityscapes", "data.root=nowhere")
+    assert done.returncode == 1
+    assert "process 0: ValueError: data.root: nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_processes_continue_as_if_nothing_had_happened(tmp_path: Path, scenes: list[str]) -> None:
+    """With dropout, whose generator each process has for itself."""
+    settings = [
+        *scenes,
+        *TWO,
+        "+callbacks.kill={_target_: kill.Kill}",
+        "+callbacks.weights={_target_: probe.SaveWeights}",
+    ]
+    assert train(tmp_path, "finished", *settings).returncode == 0
+    killed = train(tmp_path, "killed", *settings, KILL_AT="batch_end:5")
+    assert killed.returncode == 1
+    assert "as one that is killed" in killed.stderr
+    done = script("train.py", "resume=killed", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        ours, theirs = (torch.load(tmp_path / run / f"rank_{rank}.pt") for run in ("killed", "finished"))
+        assert same(ours, theirs)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "finished")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +186,23 @@ def test_synchronised_batch_norm_takes_the_place_of_every_batch_norm_and_leaves_
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in converted.modules())
     assert same(dict(converted.state_dict()), before)
     build(cfg, ClassTable.load("cityscapes")).segmenter.network.load_state_dict(converted.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "devices", "wanted", "converted"),
+    [(True, 2, True, True), (True, 2, False, False), (True, 1, True, False), (False, 2, True, False)],
+)
+def test_batch_norm_is_synchronised_on_several_gpus_only(
+    gpu: bool, devices: int, wanted: bool, converted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is, an image per device is enough to train on."""
+    monkeypatch.setattr(experiment, "_on_gpu", lambda _: gpu)
+    cfg = composed("strategy=ddp", f"trainer.devices={devices}", f"strategy.sync_batchnorm={str(wanted).lower()}",
+                   f"data.batch_size={devices}", "model.network.width_multiplier=0.25")  # fmt: skip
+    assert experiment._strategy(config.typed(cfg))["sync_batchnorm"] is converted
+    module = build(cfg, ClassTable.load("cityscapes"))
+    with nullcontext() if converted else pytest.raises(ValueError, match=r"data\.batch_size: got .* synchronised"):
+        experiment._rehearse(cfg, module)
 
 
 def test_overflows_are_counted_and_the_count_survives_a_checkpoint() -> None:

@@ -167,6 +167,8 @@ def test_scores_are_drawn_for_few_and_many_classes(classes: int, largest: int, t
     iou, confusion = picture(tmp_path / "iou.png"), picture(tmp_path / "confusion.png")
     assert len(iou) > 15 * largest  # a row for each class that occurs
     assert max(confusion.shape) < 1500
+    border = np.concatenate([confusion[0], confusion[-1], confusion[:, 0], confusion[:, -1]])
+    assert (border == border[0]).all()  # nothing is cut off
     if classes == 19:
         bars = [(iou == colour).all(2).any() for colour in CITYSCAPES.palette[:19] if np.ptp(colour) > 60]
         assert bars == [index < largest for index in range(19) if np.ptp(CITYSCAPES.palette[index]) > 60]

@@ -25,7 +25,11 @@ def list_file(root: Path, path: Path) -> list[Sample]:
         raise FileNotFoundError(f"list file {path} does not exist; {LISTED_HELP}")
     samples: list[Sample] = []
     missing: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"list file {path} is not text in UTF-8: {error}") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         fields = [field.strip() for field in line.split(",")]

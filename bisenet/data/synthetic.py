@@ -849,6 +849,8 @@ def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: 
     generator = GENERATOR if scene == "street" else f"{scene} {GENERATOR}"
     asked: dict[str, Any] = {"generator": generator, "seed": seed, "size": list(size)}
     asked["counts"] = {split: counts.get(split, 0) for split in SPLITS}
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"data.root: got {root}, which is a file; accepted: a folder, or a path where nothing is")
     manifest, draft = root / MANIFEST, root / f"{MANIFEST}.partial"
 
     # In this order: another process may meanwhile write `draft`, then images, then turn `draft` into `manifest`.

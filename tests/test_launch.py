@@ -1,6 +1,7 @@
 """Several processes: the same numbers, the same weights, one report; and an end when one of them fails."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from test_config import composed
-from test_experiment import ROOT, rows, same, script, train
+from test_experiment import FAST, ROOT, rows, same, script, train
 from torch import nn
 
 from bisenet import config, experiment, launch
@@ -150,6 +151,24 @@ def test_killed_processes_continue_as_if_nothing_had_happened(tmp_path: Path, sc
         ours, theirs = (torch.load(tmp_path / run / f"rank_{rank}.pt") for run in ("killed", "finished"))
         assert same(ours, theirs)
     assert rows(tmp_path / "killed") == rows(tmp_path / "finished")
+
+
+@pytest.mark.slow
+def test_torchruns_of_several_nodes_train_one_run(tmp_path: Path, scenes: list[str]) -> None:
+    """Here both on this machine."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:29517"]  # fmt: skip
+    overrides = [*FAST, *scenes, "strategy=ddp", "trainer.num_nodes=2", "data.batch_size=4", "hydra.run.dir=run"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen([*torchrun, str(ROOT / "scripts" / "train.py"), *overrides], cwd=tmp_path, env=environment,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]  # fmt: skip
+    for node in nodes:
+        _, stderr = node.communicate(timeout=300)
+        assert node.returncode == 0, stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["step"] == 6
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_a_process_that_fails_ends_the_job_with_its_error(tmp_path: Path, scenes
 def test_a_mistake_is_told_without_a_traceback_whatever_the_number_of_processes(tmp_path: Path) -> None:
     done = train(tmp_path, "run", *TWO, "data=cityscapes", "data.root=nowhere")
     assert done.returncode == 1
-    assert "process 0: ValueError: data.root: nowhere" in done.stderr
+    assert "strategy=ddp: process 0: FileNotFoundError: data.root: nowhere is not a folder" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -29,9 +29,9 @@ BLOCK = 128
 MAX_SPECIALIZED_CLASSES = 32
 """Up to here the kernel is compiled for the very number of classes, which then fit into registers."""
 _TILE_ROWS = 32
-"""Rows of pixels that a block of the forward pass walks down."""
+"""Rows of pixels that a block of the forward pass walks down; the most that the source has room for."""
 _GRADIENT_ROWS = 64
-"""About so many rows of pixels that a block of the backward pass walks down."""
+"""About so many rows of pixels that a block of the backward pass walks down, and the most rows of logits."""
 _STATE_WORDS = 10 + 3 * 2048
 """Size of ``State`` in the source, in words of 64 bits."""
 
@@ -228,7 +228,7 @@ def gradient_tile(vertical: _Axis, horizontal: _Axis, block: int) -> tuple[int, 
     if horizontal.pixels_near(columns) > block:
         return 1, 1
     rows = 1 if vertical.scale == 0 else round(_GRADIENT_ROWS * vertical.scale)
-    return max(1, min(rows, vertical.size)), columns
+    return max(1, min(rows, vertical.size, _GRADIENT_ROWS)), columns
 
 
 def _axes(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[_Axis, _Axis]:
@@ -257,7 +257,7 @@ def _on(device: torch.device) -> Iterator[None]:
         yield
         return
     with torch.cuda.device(device):
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.cuda.current_device())
         yield
 
 
@@ -295,10 +295,10 @@ def ohem(
         loss, number kept, and for the backward pass the loss map (N, H, W) and the selection (cut, share, scale).
     """
     target = target.contiguous()
-    loss = logits.new_zeros((), dtype=torch.float32)
-    kept = logits.new_zeros((), dtype=torch.int64)
     losses = logits.new_empty(target.shape, dtype=torch.float32)
-    selection = logits.new_zeros(3, dtype=torch.float32)
+    new = logits.new_empty if losses.numel() else logits.new_zeros  # the kernel writes them, where it runs
+    loss, kept = new((), dtype=torch.float32), new((), dtype=torch.int64)
+    selection = new(3, dtype=torch.float32)
     if not losses.numel():
         return loss, kept, losses, selection
     with _on(logits.device):

@@ -239,7 +239,7 @@ def test_a_kernel_that_is_wrong_is_found_out(device, monkeypatch):
 
 
 @pytest.mark.parametrize("classes", [2, 33])
-@pytest.mark.parametrize("layout", ["channels first", "channels last", "a slice"])
+@pytest.mark.parametrize("layout", ["channels first", "channels last", "a slice", "expanded"])
 def test_few_and_many_classes_in_any_layout(device, classes, layout):
     case = cases(torch.float32, device, classes=classes)
     logits = case.logits.detach()
@@ -247,10 +247,21 @@ def test_few_and_many_classes_in_any_layout(device, classes, layout):
         logits = logits.contiguous(memory_format=torch.channels_last)
     elif layout == "a slice":
         logits = torch.stack([logits, logits + 1], -1).repeat(1, 2, 1, 1, 1)[:, :classes, ..., 0]
+    elif layout == "expanded":
+        logits = logits[..., :1].expand_as(logits)
     assert_as_good_as_stock(Case(logits.requires_grad_(), case.target))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (37, 53), (50, 60), (4, 53), (37, 5)], ids=str)
+@pytest.mark.parametrize("classes", [19, 33])
+def test_neighbours_that_are_sure_of_different_classes(device, classes):
+    """Between them every score is far below the largest of either: sums of exponentials would vanish."""
+    case = cases(torch.float32, device, classes=classes, size=(6, 3), ignored=0.0)
+    logits = torch.zeros_like(case.logits.detach())
+    logits[:, 0, ::2] = logits[:, 1, 1::2] = 300.0
+    assert_as_good_as_stock(Case(logits.requires_grad_(), case.target))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (37, 53), (50, 60), (300, 5), (4, 53), (37, 5)], ids=str)
 @pytest.mark.parametrize("align", [False, True])
 def test_sizes_at_the_edge(device, size, align):
     """One logit for all pixels (more than a block has threads), no upsampling, downsampling, one axis only."""
@@ -495,12 +506,13 @@ def test_the_context_of_the_device_is_bound_before_a_launch(monkeypatch):
         calls.append(("leave", which))
 
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda which: calls.append(("bind", which)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernel, "library", lambda *_: calls.append(("use", first)))
+    monkeypatch.setattr(kernel, "library", lambda which, _: calls.append(("use", which)))
     first = torch.device("cuda", 0)
     assert kernel.why_not(first) is None
-    assert calls == [(what, first) for what in ("enter", "bind", "use", "leave")]
+    assert calls == [("enter", first), ("bind", 0), ("use", first), ("leave", first)]
     calls.clear()
     with kernel._on(torch.device("cpu")):
         assert not calls
@@ -517,7 +529,7 @@ def requires_compiler() -> None:
     """Skips the test where NVRTC is missing."""
     for module in ("cuda.core", "cuda.bindings.nvrtc"):
         pytest.importorskip(module, reason="cuda-core is not installed: pip install -e '.[cuda]'")
-    from cuda.bindings import nvrtc
+    from cuda.bindings import nvrtc  # type: ignore[attr-defined]
 
     try:
         nvrtc.nvrtcVersion()
@@ -586,6 +598,13 @@ def test_a_cache_that_cannot_be_used_is_done_without(loaded, monkeypatch):
     kernels, text = loaded()
     assert kernels == ALL_KERNELS
     assert "which failed: ImportError" in text
+
+
+def test_the_source_has_room_for_the_tiles():
+    constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", kernel.source_path().read_text()))
+    assert int(constants["BLOCK"]) == kernel.BLOCK
+    assert int(constants["PIXEL_ROWS"]) == kernel._TILE_ROWS
+    assert int(constants["LOGIT_ROWS"]) == kernel._GRADIENT_ROWS
 
 
 def test_the_source_is_in_the_wheel(tmp_path):

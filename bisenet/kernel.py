@@ -7,9 +7,10 @@ The result is kept in cuda.core's program cache (``~/.cache/cuda-python/program-
 Shapes: N images, C classes, (h, w) the size of a head, (H, W) the size of the labels.
 """
 
-import contextlib
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,14 +23,15 @@ log = logging.getLogger(__name__)
 
 LOGIT_TYPES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
 LABEL_TYPES = {torch.uint8: "uint8", torch.int64: "int64"}
+KERNELS = ("ohem_forward", "ohem_refine", "ohem_backward")
 BLOCK = 128
 """Threads in a block; the source says the same."""
 MAX_SPECIALIZED_CLASSES = 32
 """Up to here the kernel is compiled for the very number of classes, which then fit into registers."""
 _TILE_ROWS = 32
-"""Rows of pixels that a block of the forward pass walks down."""
+"""Rows of pixels that a block of the forward pass walks down; the most that the source has room for."""
 _GRADIENT_ROWS = 64
-"""About so many rows of pixels that a block of the backward pass walks down."""
+"""About so many rows of pixels that a block of the backward pass walks down, and the most rows of logits."""
 _STATE_WORDS = 10 + 3 * 2048
 """Size of ``State`` in the source, in words of 64 bits."""
 
@@ -83,23 +85,58 @@ def compile_source(arch: str, specialization: Specialization, *, cache: Any = No
     Returns:
         A ``cuda.core.ObjectCode`` with a cubin.
     """
-    from cuda.core import Program, ProgramOptions  # type: ignore[attr-defined]
+    from cuda.core import Program  # type: ignore[attr-defined]
 
-    options = ProgramOptions(
-        name="ohem.cu",
-        arch=arch,
-        std="c++17",
-        define_macro=specialization.macros,  # type: ignore[arg-type]
-        ptxas_options=["-v"] if logs else None,
-    )
+    options = _options(arch, specialization, ["-v"] if logs else None)
     return Program(source_path().read_text(), "c++", options).compile("cubin", cache=cache, logs=logs)
+
+
+def _options(arch: str, specialization: Specialization, ptxas_options: list[str] | None = None) -> Any:
+    from cuda.core import ProgramOptions  # type: ignore[attr-defined]
+
+    macros: Any = specialization.macros
+    return ProgramOptions(name="ohem.cu", arch=arch, std="c++17", define_macro=macros, ptxas_options=ptxas_options)
+
+
+def _load(arch: str, specialization: Specialization) -> dict[str, Any]:
+    """The kernels by name, from the cache on disk or compiled. A cache that fails costs a compilation, no more."""
+
+    def kernels(cache: Any) -> dict[str, Any]:
+        code = compile_source(arch, specialization, cache=cache)
+        return {name: code.get_kernel(name) for name in KERNELS}
+
+    try:
+        from cuda.core.utils import FileStreamProgramCache  # type: ignore[import-not-found]
+
+        return kernels(FileStreamProgramCache())
+    except Exception as error:  # no cache in this cuda.core, a folder that cannot be written, a damaged entry
+        compiled = kernels(None)  # raises again where the cache is not to blame
+        _warn_once(f"compiled without the cache of compiled kernels, which failed: {type(error).__name__}: {error}")
+    with suppress(Exception):
+        _forget(arch, specialization)
+    return compiled
+
+
+def _forget(arch: str, specialization: Specialization) -> None:
+    """Remove an entry from the cache, so that the next process writes it anew."""
+    from cuda.core.utils import FileStreamProgramCache, make_program_cache_key  # type: ignore[import-not-found]
+
+    source, options = source_path().read_text(), _options(arch, specialization)
+    key = make_program_cache_key(code=source, code_type="c++", options=options, target_type="cubin")
+    del FileStreamProgramCache()[key]
+
+
+@cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 class _CurrentStream:
     """PyTorch's current stream in CUDA's stream protocol, which streams of older versions do not have."""
 
     def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, torch.cuda.current_stream().cuda_stream
+        legacy = 1  # CU_STREAM_LEGACY is PyTorch's default stream; 0 is another one if cuda.core is told so
+        return 0, torch.cuda.current_stream().cuda_stream or legacy
 
 
 class _CudaLibrary:
@@ -107,18 +144,11 @@ class _CudaLibrary:
 
     def __init__(self, device: int, specialization: Specialization) -> None:
         from cuda.core import Device, LaunchConfig, launch  # type: ignore[attr-defined]
-        from cuda.core.utils import FileStreamProgramCache  # type: ignore[import-not-found]
 
         major, minor = torch.cuda.get_device_capability(device)
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         Device(device).set_current()
-        try:
-            store = FileStreamProgramCache()
-        except OSError as error:
-            log.warning("compiled kernels are not kept on disk: %s", error)
-            store = None
-        code = compile_source(f"sm_{major}{minor}", specialization, cache=store)
-        self._kernels = {name: code.get_kernel(name) for name in ("ohem_forward", "ohem_refine", "ohem_backward")}
+        self._kernels = _load(f"sm_{major}{minor}", specialization)
         self._launch, self._config = launch, LaunchConfig
 
     def launch(self, kernel: str, grid: int, *arguments: Argument) -> None:
@@ -157,7 +187,7 @@ def why_not(device: torch.device | None = None, specialization: Specialization =
         return "no CUDA device"
     device = device or torch.device("cuda", torch.cuda.current_device())
     try:
-        with torch.cuda.device(device):
+        with _on(device):
             library(device, specialization)
     except ImportError as error:
         return f"{error}: install the extra `cuda` (pip install -e '.[cuda]')"
@@ -198,7 +228,7 @@ def gradient_tile(vertical: _Axis, horizontal: _Axis, block: int) -> tuple[int, 
     if horizontal.pixels_near(columns) > block:
         return 1, 1
     rows = 1 if vertical.scale == 0 else round(_GRADIENT_ROWS * vertical.scale)
-    return max(1, min(rows, vertical.size)), columns
+    return max(1, min(rows, vertical.size, _GRADIENT_ROWS)), columns
 
 
 def _axes(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[_Axis, _Axis]:
@@ -216,8 +246,19 @@ def _geometry(
     return [logits, *logits.stride(), target, *sizes, vertical.scale, horizontal.scale, int(align_corners)]
 
 
-def _guard(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Make a CUDA device current, and its context that of this thread, as a launch through the driver needs it.
+
+    Entering ``torch.cuda.device`` does nothing where the number is current already, as 0 is in a new thread, such as
+    that of a backward pass. ``set_device`` always tells CUDA, which then binds the context (pytorch#195256).
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        torch.cuda.set_device(torch.cuda.current_device())
+        yield
 
 
 def _blocks(*counts: int) -> int:
@@ -254,13 +295,13 @@ def ohem(
         loss, number kept, and for the backward pass the loss map (N, H, W) and the selection (cut, share, scale).
     """
     target = target.contiguous()
-    loss = logits.new_zeros((), dtype=torch.float32)
-    kept = logits.new_zeros((), dtype=torch.int64)
     losses = logits.new_empty(target.shape, dtype=torch.float32)
-    selection = logits.new_zeros(3, dtype=torch.float32)
+    new = logits.new_empty if losses.numel() else logits.new_zeros  # the kernel writes them, where it runs
+    loss, kept = new((), dtype=torch.float32), new((), dtype=torch.int64)
+    selection = new(3, dtype=torch.float32)
     if not losses.numel():
         return loss, kept, losses, selection
-    with _guard(logits):
+    with _on(logits.device):
         kernels = library(logits.device, specialize(logits.dtype, target.dtype, logits.shape[1]))
         vertical, horizontal = _axes(logits, target, align_corners)
         grid = _blocks(len(target), -(-vertical.full // _TILE_ROWS), -(-horizontal.full // kernels.block))
@@ -303,7 +344,7 @@ def ohem_backward(
     gradient = torch.empty_like(logits)
     if not losses.numel() or not gradient.numel():
         return gradient.zero_()
-    with _guard(logits):
+    with _on(logits.device):
         kernels = library(logits.device, specialize(logits.dtype, target.dtype, logits.shape[1]))
         vertical, horizontal = _axes(logits, target, align_corners)
         rows, columns = gradient_tile(vertical, horizontal, kernels.block)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bisenet.networks import SegmentationOutput
-from bisenet.ops import NORMALIZERS, cross_entropy, ohem_cross_entropy, require_implementation
+from bisenet.ops import NORMALIZERS, as_fraction, cross_entropy, ohem_cross_entropy, require_implementation
 
 
 class OhemCrossEntropy(nn.Module):
@@ -44,8 +44,7 @@ class OhemCrossEntropy(nn.Module):
         self.register_buffer("class_weights", _weights(class_weights))
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold: got {threshold}, accepted: a probability in (0, 1]")
-        if not (min_kept >= 0 and (isinstance(min_kept, int) or min_kept <= 1)):
-            raise ValueError(f"min_kept: got {min_kept}, accepted: a float in [0, 1] (fraction) or an int >= 0 (count)")
+        as_fraction(min_kept)  # refuses what is neither a fraction nor a count
         if normalizer not in NORMALIZERS:
             raise ValueError(f"normalizer: got {normalizer!r}, accepted: {' | '.join(NORMALIZERS)}")
         require_implementation(impl)

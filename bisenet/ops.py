@@ -9,8 +9,10 @@ Shapes: N images, C classes, (h, w) the size of a head, (H, W) the size of the l
 
 import logging
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, cast
@@ -74,20 +76,20 @@ def ohem_cross_entropy(
         probability 0) and otherwise give infinity or NaN.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit; on the CPU, labels that are neither a class nor
-            ``ignore_index``. On other devices these make the loss NaN, since raising would stall the device.
+        ValueError: shapes or dtypes that do not fit; an impossible ``min_kept``; on the CPU, labels that are neither a
+            class nor ``ignore_index``. On other devices these make the loss NaN, since raising would stall the device.
             ``impl="cuda"`` with tensors that the kernel does not take.
         RuntimeError: ``impl="cuda"`` where the kernel cannot be built, or fails a small example.
     """
     _check(logits, target)
     hard_loss = -math.log(threshold)
     if _use_kernel(impl, logits, target, class_weights):
-        at_least, divisor = _as_fraction(min_kept)
+        at_least, divisor = as_fraction(min_kept)
         kept_only = normalizer == "kept"
         return kernel.ohem(logits, target, hard_loss, at_least, divisor, kept_only, ignore_index, align_corners)[:2]
     on_host = logits.device.type == "cpu"
     losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, on_host)
-    at_least, divisor = _as_fraction(min_kept)
+    at_least, divisor = as_fraction(min_kept)
     n_min = valid * at_least // divisor if divisor else torch.full_like(valid, at_least)
     n_least = torch.minimum(n_min, valid)
     if class_weights is None:
@@ -199,11 +201,11 @@ def _disagreement(device: torch.device, dtype: torch.dtype, label_dtype: torch.d
 
     A device or a driver that nobody has tested must not train on a wrong loss.
     """
-    draw = torch.Generator().manual_seed(0)
-    example = torch.randn(2, classes, 5, 9, generator=draw).to(device, dtype)
-    target = torch.randint(classes, (2, 37, 70), generator=draw).to(device, label_dtype)
-    target[:, :5] = 255
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        draw = torch.Generator().manual_seed(0)
+        example = torch.randn(2, classes, 5, 9, generator=draw).to(device, dtype)
+        target = torch.randint(classes, (2, 37, 70), generator=draw).to(device, label_dtype)
+        target[:, :5] = 255
         for hard_loss, n_min in ((math.log(classes), 0), (50.0, 1000)):  # enough are hard; none is
             theirs, ours = (example.clone().requires_grad_() for _ in range(2))
             rule: dict[str, Any] = {"threshold": math.exp(-hard_loss), "min_kept": n_min, "normalizer": "kept"}
@@ -230,8 +232,17 @@ def _mean(total: Tensor, count: Tensor, logits: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
 
-def _as_fraction(min_kept: float | int) -> tuple[int, int]:
-    """n_min as a share of the valid pixels, exact in integers (0.29 of 100 is 29, in float 28); a count is over 0."""
+def as_fraction(min_kept: float | int) -> tuple[int, int]:
+    """n_min as a share of the valid pixels, exact in integers (0.29 of 100 is 29, in float 28); a count is over 0.
+
+    Raises:
+        ValueError: neither a fraction nor a count that fits into 64 bits.
+    """
+    possible = min_kept < 2**63 if isinstance(min_kept, int) else min_kept <= 1
+    if not (min_kept >= 0 and possible):
+        raise ValueError(
+            f"min_kept: got {min_kept}, accepted: a float in [0, 1] (fraction) or an int in [0, 2^63) (count)"
+        )
     if isinstance(min_kept, int):
         return min_kept, 0
     return Fraction(min_kept).limit_denominator(10**9).as_integer_ratio()
@@ -349,23 +360,48 @@ def _for_each_image(work: Callable[[int], None], images: int) -> None:
     A parallel region per tile costs more than the tile when other processes keep the cores busy; and PyTorch's own
     threads wait for work by keeping them busy.
     """
-    threads = torch.get_num_threads()
     inference = torch.is_inference_mode_enabled()
 
     def alone(image: int) -> None:
         with torch.inference_mode(inference), torch.no_grad():  # these modes belong to the calling thread
             work(image)
 
-    torch.set_num_threads(1)  # for this thread and those that are started from here on
-    try:
+    with _without_parallel_regions() as threads:
         if threads < 4 or images < 2:
             for image in range(images):
                 work(image)
         else:
-            with ThreadPoolExecutor(min(threads // 2, images)) as pool:
+            with ThreadPoolExecutor(min(threads // 2, images), "loss", torch.set_num_threads, (1,)) as pool:
                 list(pool.map(alone, range(images)))
+
+
+class _Callers:
+    """Those inside :func:`_without_parallel_regions`, and the number of threads that PyTorch had before the first."""
+
+    lock = threading.Lock()
+    inside = 0
+    threads = 1
+
+
+@contextmanager
+def _without_parallel_regions() -> Iterator[int]:
+    """PyTorch on one thread, for this thread and those that start meanwhile; yields how many it had.
+
+    The number belongs to a thread, and that of new threads to all: a thread that first comes here while another is
+    inside finds the other's 1, which it must not put back when it leaves after it.
+    """
+    with _Callers.lock:
+        if not _Callers.inside:
+            _Callers.threads = torch.get_num_threads()
+        _Callers.inside += 1
+        threads = _Callers.threads
+        torch.set_num_threads(1)
+    try:
+        yield threads
     finally:
-        torch.set_num_threads(threads)
+        with _Callers.lock:
+            _Callers.inside -= 1
+            torch.set_num_threads(threads)
 
 
 class _Span(NamedTuple):

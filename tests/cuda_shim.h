@@ -24,6 +24,7 @@
 #define __restrict__ __restrict
 
 struct Dim3 { unsigned x; };
+struct alignas(16) float4 { float x, y, z, w; };
 static thread_local Dim3 threadIdx, blockIdx;
 static Dim3 blockDim, gridDim;
 static std::unique_ptr<std::barrier<>> everyone;
@@ -49,11 +50,12 @@ inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4)
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
-using std::fma, std::fmaf, std::fmaxf, std::fminf, std::log2f;
+using std::fma, std::fmaf, std::fmaxf, std::fminf;
 
 struct half;
 struct bfloat16;
 inline float fast_exp2(float x) { return std::exp2f(x); }
+inline float fast_log2(float x) { return std::log2f(x); }
 inline float to_float(half);
 inline void store(half*, float);
 

@@ -1,6 +1,7 @@
 """The losses against a few lines of float64 composition, and at the edges of their contract."""
 
 import math
+import threading
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from bisenet import ops
 from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy, enet_class_weights
 from bisenet.networks import SegmentationOutput
 from bisenet.ops import _pixel_losses, _sum_of_hardest, cross_entropy, ohem_cross_entropy
@@ -394,11 +396,55 @@ def test_deep_supervision_sums_heads_at_their_own_strides(criterion, n_aux):
         ({"threshold": math.nan}, "threshold"),
         ({"min_kept": 1.5}, r"min_kept: got 1.5.*\[0, 1\]"),
         ({"min_kept": -1}, "min_kept"),
+        ({"min_kept": math.nan}, "min_kept"),
+        ({"min_kept": 2**63}, r"min_kept: got 9223372036854775808.*\[0, 2\^63\)"),
         ({"normalizer": "mean"}, r"normalizer: got 'mean'.*kept \| at_least_n_min"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         OhemCrossEntropy(**arguments)
+    if "min_kept" in arguments:
+        with pytest.raises(ValueError, match=message):
+            ohem(*make_case(), **arguments)
     with pytest.raises(ValueError, match="aux_weight: got -1"):
         DeepSupervision(CrossEntropy(), aux_weight=-1)
+
+
+def test_the_number_of_threads_survives_callers_that_overlap():
+    """The second caller begins on a new thread, within the first one's single thread, and leaves after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    first_is_inside, second_is_inside, first_has_left = (threading.Event() for _ in range(3))
+    found = []
+
+    def first(_):
+        first_is_inside.set()
+        assert second_is_inside.wait(60)
+
+    def second(_):
+        found.append(torch.get_num_threads())
+        second_is_inside.set()
+        assert first_has_left.wait(60)
+
+    def overlap():
+        ops._for_each_image(second, 1)
+        found.append(torch.get_num_threads())
+
+    other, later = (
+        threading.Thread(target=overlap),
+        threading.Thread(target=lambda: found.append(torch.get_num_threads())),
+    )
+    try:
+        starter = threading.Thread(target=lambda: (first_is_inside.wait(60), other.start()))
+        starter.start()
+        ops._for_each_image(first, 1)
+        found.append(torch.get_num_threads())
+        first_has_left.set()
+        starter.join()
+        other.join()
+        later.start()
+        later.join()
+    finally:
+        torch.set_num_threads(before)
+    assert found == [1, 4, 4, 4]

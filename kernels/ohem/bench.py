@@ -3,12 +3,12 @@
     python kernels/ohem/bench.py                       # on a GPU at training size, on a CPU at a smaller one
     python kernels/ohem/bench.py --device cpu --load 2 # beside two busy processes
 
-Implementations: ``naive`` is what the reference repository does (upsample, cross entropy, boolean index, topk),
-``compiled`` is torch.compile of that (fp16, V2's main head and its head at stride 2), ``torch`` and ``cuda`` are those
-of ``loss.impl``. Regimes: all pixels hard (start of training), 8 % (trained), 0.2 %, which is fewer than n_min,
-so that the n_min-th largest must be found. The floor of a head is the larger of the bytes that must move over the
-measured bandwidth of a copy, and the exponentials over their rate; labels are read twice, logits twice, their gradient
-and the float32 loss map are written and the map is read.
+Implementations: ``naive`` is what the reference repository does (upsample, cross entropy, boolean index, topk), given
+int64 labels as its data loader makes them, ``compiled`` is torch.compile of that (fp16, V2's main head and its head at
+stride 2), ``torch`` and ``cuda`` are those of ``loss.impl``. Regimes: all pixels hard (start of training), 8 %
+(trained), 0.2 %, which is fewer than n_min, so that the n_min-th largest must be found. The floor of a head is the
+larger of the bytes that must move over the measured bandwidth of a copy, and the exponentials over their rate; labels
+are read twice, logits twice, their gradient and the float32 loss map are written and the map is read.
 
 Prints a table and writes it, dated, with hardware and versions, to ``kernels/ohem/results``.
 """
@@ -23,9 +23,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,31 +39,34 @@ from bisenet.losses import OhemCrossEntropy
 CLASSES = 19
 THRESHOLD = 0.7
 IGNORE = 255
-NETWORKS = {"bisenetv1": ((8, 1024, 1024), (8, 8, 16)), "bisenetv2": ((16, 512, 1024), (8, 2, 4, 8, 16))}
-"""Batch and crop on one GPU, and the strides of the heads, the main one first."""
+NETWORKS = {"bisenetv2": ((16, 512, 1024), (8, 2, 4, 8, 16)), "bisenetv1": ((8, 1024, 1024), (8, 8, 16))}
+"""Batch and crop on one GPU, and the strides of the heads, the main one first. In this order, for a time limit."""
 CPU_SIZES = {"bisenetv1": (1, 512, 512), "bisenetv2": (2, 256, 512)}
 REGIMES = {"all hard": 1.0, "8% hard": 0.08, "0.2% hard": 0.002}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 COMPILED = {("bisenetv2", 0), ("bisenetv2", 1)}
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
+Criterion = Callable[[Tensor], Tensor]
 
 
-def naive(logits: Tensor, target: Tensor) -> Tensor:
-    """The reference's composition: its network upsamples, its loss indexes and sorts."""
-    full = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
-    n_min = target[target != IGNORE].numel() // 16
-    losses = F.cross_entropy(full.float(), target.long(), ignore_index=IGNORE, reduction="none").view(-1)
-    hard = losses[losses > _LIMIT.to(losses.device)]
+def naive(logits: Tensor, labels: Tensor, limit: Tensor) -> Tensor:
+    """The reference's composition: its network upsamples, its loss indexes and sorts.
+
+    Labels are int64 and ``limit``, the loss above which a pixel is hard, is on the device: it converts neither.
+    """
+    full = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+    n_min = labels[labels != IGNORE].numel() // 16
+    losses = F.cross_entropy(full.float(), labels, ignore_index=IGNORE, reduction="none").view(-1)
+    hard = losses[losses > limit]
     if hard.numel() < n_min:
         hard, _ = losses.topk(n_min)
     return hard.mean()
 
 
-_LIMIT = -torch.log(torch.tensor(THRESHOLD))
+LIMIT = -torch.log(torch.tensor(THRESHOLD))
 
 
-def ours(impl: str) -> Criterion:
+def ours(impl: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of this package."""
     criterion = OhemCrossEntropy(threshold=THRESHOLD, ignore_index=IGNORE, impl=impl)
     return lambda logits, target: criterion(logits, target)[0]
@@ -90,7 +94,7 @@ def make_inputs(
     for image in range(images):  # one at a time: the whole batch at full size would need much memory
         full = F.interpolate(logits[image : image + 1].float(), size, mode="bilinear")
         losses = F.cross_entropy(full, right[image : image + 1].long(), reduction="none")[0]
-        right[image][(losses > _LIMIT.to(device)) & ~wrong[image]] = IGNORE
+        right[image][(losses > LIMIT.to(device)) & ~wrong[image]] = IGNORE
     return logits, torch.where(wrong & (right != IGNORE), (right + 7) % CLASSES, right)
 
 
@@ -107,7 +111,7 @@ class Sample(NamedTuple):
         return self.forward + self.backward
 
 
-def measure(criteria: dict[str, Criterion], logits: Tensor, target: Tensor, repeats: int) -> dict[str, Sample]:
+def measure(criteria: dict[str, Criterion], logits: Tensor, repeats: int) -> dict[str, Sample]:
     """Median times of both passes, and the memory they need beyond their inputs (the gradient counts).
 
     The implementations take turns, so that whatever else the machine does slows all of them. One that fails, for want
@@ -118,7 +122,7 @@ def measure(criteria: dict[str, Criterion], logits: Tensor, target: Tensor, repe
     for turn in range(-2, repeats):  # two to warm up
         for name in list(samples):
             try:
-                sample = run(criteria[name], logits, target)
+                sample = run(criteria[name], logits)
             except Exception as error:
                 print(f"{name} failed: {error}")
                 logits.grad = None
@@ -131,10 +135,10 @@ def measure(criteria: dict[str, Criterion], logits: Tensor, target: Tensor, repe
     }
     if logits.is_cuda:
         return medians
-    return {name: m._replace(peak=_peak_on_cpu(criteria[name], logits, target)) for name, m in medians.items()}
+    return {name: m._replace(peak=_peak_on_cpu(criteria[name], logits)) for name, m in medians.items()}
 
 
-def _measure_cuda(criterion: Criterion, logits: Tensor, target: Tensor) -> Sample:
+def _measure_cuda(criterion: Criterion, logits: Tensor) -> Sample:
     """Times on the device: it is kept busy while the host queues its work, and the cache is emptied before."""
     start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     torch.empty(2**28, dtype=torch.uint8, device=logits.device).zero_()
@@ -143,7 +147,7 @@ def _measure_cuda(criterion: Criterion, logits: Tensor, target: Tensor) -> Sampl
     before = torch.cuda.memory_allocated()
     torch.cuda._sleep(4_000_000)  # about 2 ms
     start.record()
-    loss = criterion(logits, target)
+    loss = criterion(logits)
     middle.record()
     loss.backward()
     end.record()
@@ -153,9 +157,9 @@ def _measure_cuda(criterion: Criterion, logits: Tensor, target: Tensor) -> Sampl
     return Sample(start.elapsed_time(middle), middle.elapsed_time(end), peak / 2**20)
 
 
-def _measure_cpu(criterion: Criterion, logits: Tensor, target: Tensor) -> Sample:
+def _measure_cpu(criterion: Criterion, logits: Tensor) -> Sample:
     start = time.perf_counter()
-    loss = criterion(logits, target)
+    loss = criterion(logits)
     middle = time.perf_counter()
     loss.backward()
     end = time.perf_counter()
@@ -163,13 +167,13 @@ def _measure_cpu(criterion: Criterion, logits: Tensor, target: Tensor) -> Sample
     return Sample(1e3 * (middle - start), 1e3 * (end - middle), float("nan"))
 
 
-def _peak_on_cpu(criterion: Criterion, logits: Tensor, target: Tensor) -> float:
+def _peak_on_cpu(criterion: Criterion, logits: Tensor) -> float:
     """Growth of the peak resident memory in MiB, from a heap without free pages; NaN where the system does not tell."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _high_water()
-        criterion(logits, target).backward()
+        criterion(logits).backward()
         return (_high_water() - before) / 2**10
     except (OSError, AttributeError):
         return float("nan")
@@ -287,6 +291,18 @@ def report(
     print(f"written: {path}.md and .json")
 
 
+def collect(measured: Iterable[dict[str, Any]], write: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Print rows as they come and write them in the end, or what there is when a time limit or an error ends it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; what was measured until then is written"))
+    results = []
+    try:
+        for row in measured:
+            results.append(row)
+            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    finally:
+        write(results)
+
+
 def rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Measure everything, one row per head, type, regime and implementation."""
     rate = rates(device)
@@ -297,9 +313,7 @@ def rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[s
         height, width = height // arguments.shrink, width // arguments.shrink
         for head, stride in enumerate(strides):
             torch._dynamo.reset()
-            criteria = {"naive": naive, "torch": ours("torch"), "compiled": torch.compile(naive)}
-            if "cuda" in arguments.implementations:
-                criteria["cuda"] = ours("cuda")
+            compiled = torch.compile(naive)
             for dtype in arguments.dtypes:
                 for regime in arguments.regimes:
                     logits, target = make_inputs(
@@ -310,9 +324,17 @@ def rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[s
                     valid, kept = (target != IGNORE).sum(), loss(logits, target)[1]
                     floor = floor_ms(logits, target, (kept / target.numel()).item(), rate)
                     logits.requires_grad_()
-                    compiled = (network, head) in COMPILED and dtype == "fp16"
-                    asked = {i: criteria[i] for i in arguments.implementations if i != "compiled" or compiled}
-                    for implementation, sample in measure(asked, logits, target, arguments.repeats).items():
+                    criteria: dict[str, Criterion] = {
+                        impl: partial(ours(impl), target=target)
+                        for impl in ("torch", "cuda")
+                        if impl in arguments.implementations
+                    }
+                    theirs = {"labels": target.long(), "limit": LIMIT.to(device)}  # conversions are not timed
+                    if "naive" in arguments.implementations:
+                        criteria = {"naive": partial(naive, **theirs), **criteria}  # first: the table compares with it
+                    if "compiled" in arguments.implementations and (network, head) in COMPILED and dtype == "fp16":
+                        criteria["compiled"] = partial(compiled, **theirs)
+                    for implementation, sample in measure(criteria, logits, arguments.repeats).items():
                         yield {
                             "network": network,
                             "head": head,
@@ -392,16 +414,12 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; what was measured until then is written"))
-    results = []
-    try:
-        with busy(arguments.load):
-            for row in rows(arguments, device):
-                results.append(row)
-                print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    finally:
-        about = {"busy processes beside": arguments.load, "repeats": arguments.repeats, "note": arguments.note}
-        report(arguments.output, f"load{arguments.load}", device, about, results, table(results))
+    about = {"busy processes beside": arguments.load, "repeats": arguments.repeats, "note": arguments.note}
+    with busy(arguments.load):
+        collect(
+            rows(arguments, device),
+            lambda results: report(arguments.output, f"load{arguments.load}", device, about, results, table(results)),
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time and peak memory of a whole training step with each implementation of the loss.
 
-    python kernels/ohem/bench_step.py            # on a GPU: V1 8x1024x1024 and V2 16x512x1024, fp16 and bf16
+    python kernels/ohem/bench_step.py            # on a GPU: V2 16x512x1024 and V1 8x1024x1024, fp16 and bf16
     python kernels/ohem/bench_step.py --shrink 16 # two small images: that it runs, on a CPU (fp32)
 
 A step is normalisation, network under autocast, the loss of all heads, backward and SGD. Implementations are those of
@@ -10,11 +10,12 @@ A step is normalisation, network under autocast, the loss of all heads, backward
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import CLASSES, DTYPES, IGNORE, NETWORKS, naive, report
+from bench import CLASSES, DTYPES, IGNORE, LIMIT, NETWORKS, collect, naive, report
 from torch import Tensor, nn
 
 from bisenet.losses import DeepSupervision, OhemCrossEntropy
@@ -24,11 +25,15 @@ MODELS = {"bisenetv1": BiSeNetV1, "bisenetv2": BiSeNetV2}
 
 
 class Naive(nn.Module):
-    """The reference's composition in the form of our losses."""
+    """The reference's composition in the form of our losses; labels are int64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("limit", LIMIT)
 
     def forward(self, logits: Tensor, target: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
         """Loss, and a count that nobody reads."""
-        return naive(logits, target), target.new_zeros(())
+        return naive(logits, target, self.limit), target.new_zeros(())
 
 
 def measure(
@@ -60,34 +65,35 @@ def measure(
     return 1e3 * statistics.median(times[3:]), peak, loss.item()
 
 
-def rows(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Measure every network, type and implementation."""
-    results = []
-    for name, build in MODELS.items():
-        images, height, width = NETWORKS[name][0]
+    for name, ((images, height, width), _) in NETWORKS.items():
         if arguments.shrink > 1:
             images, height, width = 2, height // arguments.shrink, width // arguments.shrink
         draw = torch.Generator(device).manual_seed(0)
         image = torch.randint(256, (images, 3, height, width), generator=draw, device=device, dtype=torch.uint8)
         mask = torch.randint(CLASSES, (images, height, width), generator=draw, device=device, dtype=torch.uint8)
         for dtype in ["fp16", "bf16"] if device.type == "cuda" else ["fp32"]:
-            on_gpu = ["naive", "torch", "cuda", "cuda, deterministic"]
-            for implementation in on_gpu if device.type == "cuda" else on_gpu[:2]:
+            implementations = ["naive", "torch"] + ["cuda"] * (device.type == "cuda")
+            for implementation in [*implementations, *["cuda, deterministic"] * (dtype == "fp16")]:
                 impl, _, deterministic = implementation.partition(", ")
                 torch.use_deterministic_algorithms(bool(deterministic), warn_only=True)
                 torch.manual_seed(0)
-                network = build(n_classes=CLASSES).to(device).train()
+                network = MODELS[name](n_classes=CLASSES).to(device).train()
                 criterion = Naive() if impl == "naive" else OhemCrossEntropy(ignore_index=IGNORE, impl=impl)
-                step, peak, loss = measure(network, criterion, image, mask, DTYPES[dtype], arguments.repeats)
-                row = {
+                labels = mask.long() if impl == "naive" else mask
+                step, peak, loss = measure(
+                    network, criterion.to(device), image, labels, DTYPES[dtype], arguments.repeats
+                )
+                yield {
                     "network": name,
                     "size": [images, height, width],
                     "dtype": dtype,
                     "implementation": implementation,
+                    "step_ms": step,
+                    "peak_mib": peak,
+                    "loss": loss,
                 }
-                results.append({**row, "step_ms": step, "peak_mib": peak, "loss": loss})
-                print(results[-1], flush=True)
-    return results
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
@@ -112,9 +118,11 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    results = rows(arguments, device)
     about = {"repeats": arguments.repeats, "note": arguments.note}
-    report(arguments.output, "step", device, about, results, table(results))
+    collect(
+        rows(arguments, device),
+        lambda results: report(arguments.output, "step", device, about, results, table(results)),
+    )
 
 
 if __name__ == "__main__":

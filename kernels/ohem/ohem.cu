@@ -6,8 +6,8 @@
 //   OHEM_CLASSES  the number of classes, or 0 for any number, taken CHUNK at a time
 // tests/test_kernel.py compiles the same source for the CPU, with what CUDA brings given by tests/cuda_shim.h.
 //
-// A thread owns one full-size column and walks down it. Between two rows of logits the scores of a pixel are a blend of
-// two vectors that stay in registers. Scores are in units of log 2, so that exp2 needs no multiplication.
+// A thread owns one full-size column and walks down it. Between two rows of logits the scores of a pixel are a straight
+// line through two vectors that stay in registers. Scores are in units of log 2, so that exp2 needs no multiplication.
 
 #ifndef OHEM_LOGIT
 #define OHEM_LOGIT float
@@ -25,10 +25,12 @@ typedef OHEM_LOGIT Logit;
 typedef OHEM_LABEL Label;
 
 constexpr int BLOCK = 128;          // most threads in a block
+constexpr int PIXEL_ROWS = 32;      // most rows of pixels in a tile of the forward pass
+constexpr int LOGIT_ROWS = 64;      // most rows of logits in a tile of the backward pass
 constexpr int CHUNK = 16;           // classes at a time when their number is not known
 constexpr bool ONE_CHUNK = OHEM_CLASSES > 0;
 constexpr int K = ONE_CHUNK ? OHEM_CLASSES : CHUNK;
-constexpr int BLOCKS = K > 19 ? 2 : __CUDA_ARCH__ < 900 ? 3 : 4;  // per multiprocessor: as many as ptxas fits unspilled
+constexpr int BLOCKS = K > 19 ? 2 : 3;  // per multiprocessor: as many as ptxas fits unspilled
 constexpr int LEVELS = 3;           // a loss is found by its highest 11, then 10, then 10 bits
 constexpr int BINS = 2048;
 constexpr float IGNORED = -1.0f;    // in the loss map; a loss is never negative
@@ -43,6 +45,11 @@ constexpr float LN_2 = 0.693147181f;
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float fast_log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 __device__ __forceinline__ float to_float(half x) {
@@ -99,38 +106,79 @@ struct Column {
     float left_weight, right_weight;
 
     __device__ __forceinline__ Column(const Axis& axis, int pixel, int cell, int64 class_stride, int64 pixel_stride)
-        : class_stride(class_stride), right(pixel_stride), has_right(axis.has_next(cell)) {
+        : class_stride(class_stride), right(axis.has_next(cell) ? pixel_stride : 0), has_right(axis.has_next(cell)) {
         const float fraction = axis.fraction(pixel, cell);
         left_weight = (1.0f - fraction) * LOG2_E;
         right_weight = fraction * LOG2_E;
     }
-    __device__ __forceinline__ float score(const Logit* logit) const {
-        const float beside = has_right ? to_float(logit[right]) : 0.0f;
-        return fmaf(beside, right_weight, to_float(*logit) * left_weight);
+    __device__ __forceinline__ float score(const Logit* logit, const Logit* beside) const {
+        return fmaf(has_right ? to_float(*beside) : 0.0f, right_weight, to_float(*logit) * left_weight);
     }
-    // Scores of K classes, of which `classes` exist. True if one is NaN.
-    __device__ __forceinline__ bool scores(const Logit* logits, int classes, float (&out)[K]) const {
-        bool nan = false;
-#pragma unroll
-        for (int i = 0; i < K; ++i) {
-            out[i] = ONE_CHUNK || i < classes ? score(logits) : 0.0f;
-            nan |= out[i] != out[i];
-            logits += class_stride;
-        }
-        return nan;
+    __device__ __forceinline__ float score(const Logit* logit) const { return score(logit, logit + right); }
+    // Score of one class between two rows of logits, read once more: registers have no index.
+    __device__ __forceinline__ float score(const Logit* logit, int64 row_stride, bool has_next, float fraction) const {
+        const float top = score(logit);
+        return has_next ? fmaf(score(logit + row_stride) - top, fraction, top) : top;
     }
 };
 
-__device__ __forceinline__ float blend(float top, float bottom, float fraction) {
-    return fmaf(bottom, fraction, top * (1.0f - fraction));
-}
+// A largest score as what others are less by: -infinity less itself would be NaN.
+__device__ __forceinline__ float finite(float x) { return x == -INFINITE ? 0.0f : x; }
 
-// Score of one class at a pixel, the same bits as `blend` of `Column::scores` gives.
-__device__ __forceinline__ float score_of(
-    const Column& column, const Logit* top, int label, int64 row_stride, bool has_bottom, float fraction) {
-    top += label * column.class_stride;
-    return blend(column.score(top), has_bottom ? column.score(top + row_stride) : 0.0f, fraction);
-}
+// Scores of K classes, of which `count` exist, in a column between two rows of logits. RELATIVE: less the largest of
+// their row. The loss stays the same, since all scores of a pixel become less by the same number.
+template <bool RELATIVE>
+struct Scores {
+    float top[K], slope[K];  // at the upper row, and how they change towards the lower one
+    bool has_bottom = false;
+    int cell = -1;
+
+    __device__ __forceinline__ float at(int k, float fraction) const { return fmaf(slope[k], fraction, top[k]); }
+    // The rows around a cell. What the cell before had below, this one has above: it is not read again.
+    __device__ __forceinline__ void load(
+        const Column& column, const Logit* row, int64 row_stride, int count, int next_cell, bool next_has_bottom) {
+        if (has_bottom && next_cell == cell + 1) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) top[k] += slope[k];
+        } else {
+            read(column, row, count, top);
+        }
+        cell = next_cell;
+        has_bottom = next_has_bottom;
+        if (has_bottom) read(column, row + row_stride, count, slope);
+#pragma unroll
+        for (int k = 0; k < K; ++k) slope[k] = has_bottom ? slope[k] - top[k] : 0.0f;
+    }
+    __device__ __forceinline__ float largest(float fraction, int count) const {
+        float highest = -INFINITE;
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            if (ONE_CHUNK || k < count) highest = fmaxf(highest, at(k, fraction));
+        return highest;
+    }
+    // Sum of 2^(score - shift).
+    __device__ __forceinline__ float exponentials(float fraction, float shift, int count) const {
+        float even = 0.0f, odd = 0.0f;  // two sums, since an addition waits for the one before
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            if (ONE_CHUNK || k < count) (k % 2 ? odd : even) += fast_exp2(at(k, fraction) - shift);
+        return even + odd;
+    }
+
+private:
+    __device__ __forceinline__ static void read(const Column& column, const Logit* logits, int count, float (&row)[K]) {
+        const Logit* beside = logits + column.right;
+        float highest = -INFINITE;
+#pragma unroll
+        for (int k = 0; k < K; ++k, logits += column.class_stride, beside += column.class_stride) {
+            row[k] = ONE_CHUNK || k < count ? column.score(logits, beside) : 0.0f;
+            highest = fmaxf(highest, row[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            if (RELATIVE) row[k] -= finite(highest);
+    }
+};
 
 // ------------------------------------------------------------------------------------------------------ selection
 
@@ -227,74 +275,79 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_forward(
     const Column column(horizontal, pixel, left, class_stride, pixel_stride);
     const Logit* corner = logits + image * image_stride + left * pixel_stride;
 
-    double sum = 0.0;
+    // What all threads need of a row of pixels; and the scores of each thread once more, where they have an index.
+    __shared__ int cells[PIXEL_ROWS];
+    __shared__ float fractions[PIXEL_ROWS], tops[K][BLOCK], slopes[K][BLOCK];
+    const int begin = tile_y * int(tile_rows);
+    const int rows = min(int(tile_rows), int(full_h) - begin);
+    for (int i = threadIdx.x; i < rows; i += blockDim.x) {
+        cells[i] = vertical.cell(begin + i);
+        fractions[i] = vertical.fraction(begin + i, cells[i]);
+    }
+    __syncthreads();
+
+    float sum = 0.0f;  // of at most PIXEL_ROWS losses
     unsigned hard = 0, valid = 0;
     bool nan = false;
-    int loaded = -1;
-    bool has_bottom = false;
-    float top[K], bottom[K];
+    Scores<true> scores;
+    const int64 first_pixel = (image * full_h + begin) * full_w + pixel;
+    const Label* label_here = target + first_pixel;
+    float* loss_here = losses + first_pixel;
+    for (int i = 0; i < rows; ++i, label_here += full_w, loss_here += full_w) {
+        const Label label = *label_here;
+        const bool known = label >= 0 && label < (ONE_CHUNK ? K : classes);
+        const int cell = cells[i];
+        const float fraction = fractions[i];
+        const Logit* row = corner + cell * row_stride;
+        const bool has_bottom = vertical.has_next(cell);
 
-    const int begin = tile_y * int(tile_rows);
-    const int end = min(begin + int(tile_rows), int(full_h));
-    for (int y = begin; y < end; ++y) {
-        const int64 here = (image * full_h + y) * full_w + pixel;
-        const int64 label = int64(target[here]);
-        const int cell = vertical.cell(y);
-        const float fraction = vertical.fraction(y, cell);
-        const Logit* first_class = corner + cell * row_stride;
-
-        float highest = -INFINITE, exponentials = 0.0f;
-        for (int c = 0; c < (ONE_CHUNK ? K : int(classes)); c += K) {
-            const int count = ONE_CHUNK ? K : min(K, int(classes) - c);
-            if (!ONE_CHUNK || cell != loaded) {
-                const Logit* row = first_class + c * class_stride;
-                if (ONE_CHUNK && has_bottom && cell == loaded + 1) {
+        float highest, exponentials, own = 0.0f;
+        if (ONE_CHUNK) {
+            if (cell != scores.cell) {
+                scores.load(column, row, row_stride, K, cell, has_bottom);
 #pragma unroll
-                    for (int i = 0; i < K; ++i) top[i] = bottom[i];
-                } else {
-                    nan |= column.scores(row, count, top);
+                for (int k = 0; k < K; ++k) {
+                    tops[k][threadIdx.x] = scores.top[k];
+                    slopes[k][threadIdx.x] = scores.slope[k];
                 }
-                has_bottom = vertical.has_next(cell);
-                if (has_bottom) {
-                    nan |= column.scores(row + row_stride, count, bottom);
-                } else {
-#pragma unroll
-                    for (int i = 0; i < K; ++i) bottom[i] = 0.0f;
-                }
-                loaded = cell;
             }
-
-            float score[K];
-            const float before = highest;
-#pragma unroll
-            for (int i = 0; i < K; ++i) {
-                score[i] = ONE_CHUNK || i < count ? blend(top[i], bottom[i], fraction) : -INFINITE;
-                highest = fmaxf(highest, score[i]);
+            highest = 0.0f;  // no score is above
+            exponentials = scores.exponentials(fraction, highest, K);
+            if (exponentials < 1e-18f) {  // all are far below, where the rows have different largest classes
+                highest = finite(scores.largest(fraction, K));
+                exponentials = scores.exponentials(fraction, highest, K);
             }
-            const float shift = highest == -INFINITE ? 0.0f : highest;
-            if (!ONE_CHUNK) exponentials *= fast_exp2(before - shift);
-#pragma unroll
-            for (int i = 0; i < K; ++i) exponentials += fast_exp2(score[i] - shift);
+            if (known) own = fmaf(slopes[int(label)][threadIdx.x], fraction, tops[int(label)][threadIdx.x]);
+        } else {
+            highest = -INFINITE;
+            exponentials = 0.0f;
+            for (int c = 0; c < int(classes); c += K) {
+                const int count = min(K, int(classes) - c);
+                Scores<false> chunk;
+                chunk.load(column, row + c * class_stride, row_stride, count, cell, has_bottom);
+                const float before = highest;
+                highest = fmaxf(highest, chunk.largest(fraction, count));
+                exponentials = fmaf(exponentials, fast_exp2(before - finite(highest)),
+                                    chunk.exponentials(fraction, finite(highest), count));
+            }
+            if (known) own = column.score(row + int64(label) * class_stride, row_stride, has_bottom, fraction);
         }
+        nan |= exponentials != exponentials;
 
         if (!inside) continue;
         float value = IGNORED;
-        if (label != ignore) {
-            value = NOT_A_NUMBER;
-            if (label >= 0 && label < classes) {
-                const float own = score_of(column, first_class, int(label), row_stride, has_bottom, fraction);
-                value = LN_2 * ((highest - own) + log2f(exponentials));
-                if (value <= 0.0f) value = 0.0f;  // rounding; a NaN passes
-            }
-            nan |= value != value;
+        if (int64(label) != ignore) {
+            value = known ? LN_2 * ((highest - own) + fast_log2(exponentials)) : NOT_A_NUMBER;
+            if (value <= 0.0f) value = 0.0f;  // rounding; a NaN passes
             ++valid;
             if (!(value <= hard_loss)) {
                 ++hard;
-                sum += double(value);
+                sum += value;
             }
         }
-        losses[here] = value;
+        *loss_here = value;
     }
+    nan |= sum != sum;
 
     if (full_h < h || full_w < w) {  // not every logit is next to a pixel: look for NaN in all of them
         const int64 count = images * classes * h * w;
@@ -306,11 +359,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_forward(
         }
     }
 
-    sum = block_sum(sum);
+    const double sum_here = block_sum(double(sum));
     const uint64 hard_here = block_sum(uint64(hard)), valid_here = block_sum(uint64(valid));
     const int nan_here = __syncthreads_or(nan);
     if (threadIdx.x == 0) {
-        slots[blockIdx.x] = sum;
+        slots[blockIdx.x] = sum_here;
         atomicAdd(&state->hard, hard_here);
         atomicAdd(&state->valid, valid_here);
         if (nan_here) atomicOr(&state->nan, 1u);
@@ -336,6 +389,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_refine(
     float* loss, int64* n_kept) {
     if (!state->refine) return;
     __shared__ unsigned counts[BINS];
+    __shared__ uint64 histogram[BINS];
     __shared__ Tail suffix[BLOCK + 1];
     for (int i = threadIdx.x; i < BINS; i += blockDim.x) counts[i] = 0;
     __syncthreads();
@@ -345,10 +399,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_refine(
     const unsigned prefix = state->prefix;
     double sum = 0.0;
     unsigned run_bin = 0, run = 0;  // equal neighbours are counted together: most losses of a trained network are 0
-#pragma unroll 4
-    for (int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x; i < pixels; i += int64(gridDim.x) * blockDim.x) {
-        const float value = losses[i];
-        if (value < 0.0f) continue;
+    const auto count = [&](float value) {
+        if (value < 0.0f) return;
         const unsigned bits = __float_as_uint(value);
         const unsigned high = level == 0 ? 0u : bits >> (shift + 10);
         if (high == prefix) {
@@ -362,7 +414,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_refine(
         } else if (high > prefix && (level == 1 || high >> 10 == prefix >> 10)) {
             sum += double(value);  // above the bin found before, and not summed before
         }
+    };
+    const int64 first = int64(blockIdx.x) * blockDim.x + threadIdx.x, step = int64(gridDim.x) * blockDim.x;
+#pragma unroll 2
+    for (int64 i = first; i < pixels / 4; i += step) {  // the map is aligned, as PyTorch allocates it
+        const float4 four = ((const float4*)losses)[i];
+        count(four.x);
+        count(four.y);
+        count(four.z);
+        count(four.w);
     }
+    for (int64 i = pixels / 4 * 4 + first; i < pixels; i += step) count(losses[i]);
     if (run) atomicAdd(&counts[run_bin], run);
     __syncthreads();
     for (int i = threadIdx.x; i < BINS; i += blockDim.x)
@@ -375,7 +437,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_refine(
     // At the last level a bin is one number, so that counting also sums.
     const double sum_above_bin = sum_of_slots(slots);
     if (threadIdx.x == 0) suffix[blockDim.x] = {state->above, state->total + (level ? sum_above_bin : 0.0)};
-    const volatile uint64* histogram = state->histogram[level];
+    const volatile uint64* all = state->histogram[level];
+    for (int i = threadIdx.x; i < BINS; i += blockDim.x) histogram[i] = all[i];
+    __syncthreads();
     const bool exact = level == LEVELS - 1;
     const int bins = (BINS + blockDim.x - 1) / blockDim.x;
     const int low = min(int(threadIdx.x) * bins, BINS), high = min(low + bins, BINS);
@@ -415,9 +479,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_refine(
 
 // ------------------------------------------------------------------------------------------------------- backward
 
-// Shared-memory index of a column: one word of padding every 32, so that threads a power of two apart use other banks.
-__device__ __forceinline__ int padded(int i) { return i + i / 32; }
-constexpr int PITCH = BLOCK + BLOCK / 32 + 1;
+// Most places of a row of pixels in shared memory. The place of a pixel is its thread plus its cell: a cell has as many
+// pixels as the stride, an even number, and with one more, threads that begin at different cells use other banks.
+constexpr int PITCH = 2 * BLOCK + 1;
 
 // Gradient of the logits, each element written once by the block that owns it: `tile_rows` x `tile_columns` logits of
 // one image, and K classes. The block walks the pixels next to its logits; those on its border are seen by two blocks.
@@ -430,7 +494,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
     const float* __restrict__ upstream, int64 tile_rows, int64 tile_columns, Logit* __restrict__ gradient,
     int64 image_stride_out, int64 class_stride_out, int64 row_stride_out, int64 pixel_stride_out) {
     __shared__ float gathered[K][PITCH], fractions[PITCH], sums[K];
-    __shared__ int starts[BLOCK + 2];
+    __shared__ int starts[BLOCK + 2], row_starts[LOGIT_ROWS + 2];  // of the cells from first_x - 1, first_y - 1
 
     const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
     const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
@@ -454,6 +518,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
     const int outer = classes_first ? columns : K;
     const int groups = blockDim.x < unsigned(inner) ? 1 : int(blockDim.x) / inner;
 
+    for (int i = threadIdx.x; i <= last_y + 2 - first_y; i += blockDim.x)
+        row_starts[i] = vertical.first(first_y - 1 + i);
     const int begin = horizontal.first(first_x - 1), end = horizontal.first(first_x + columns);
     for (int base = begin; base < end || base == begin; base += blockDim.x) {
         const int x = base + threadIdx.x;
@@ -461,23 +527,26 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
         const int pixel = min(x, int(full_w) - 1);
         const int left = horizontal.cell(pixel);
         const Column column(horizontal, pixel, left, class_stride, pixel_stride);
-        const Logit* corner = logits + image * image_stride + left * pixel_stride;
+        const Logit* corner = logits + image * image_stride + left * pixel_stride + first_class * class_stride;
 
         __syncthreads();
-        fractions[padded(threadIdx.x)] = horizontal.fraction(pixel, left);
+        const int place = threadIdx.x + left - (first_x - 1);
+        if (inside) fractions[place] = horizontal.fraction(pixel, left);
         for (int i = threadIdx.x; i < columns + 2; i += blockDim.x) {
             const int start = horizontal.first(first_x - 1 + i) - base;
             starts[i] = max(0, min(start, min(int(blockDim.x), end - base)));
         }
+        __syncthreads();
 
         float row_above[K], row_below[K];  // sums for the rows of logits above and below the cell
         bool some_before = false;
+        Scores<false> scores;
 #pragma unroll
         for (int i = 0; i < K; ++i) row_below[i] = 0.0f;
 
-        int y = vertical.first(first_y - 1);
+        int y = row_starts[0];
         for (int cell = max(first_y - 1, 0); cell <= last_y; ++cell) {
-            const int cell_end = vertical.first(cell + 1);
+            const int cell_end = row_starts[cell - first_y + 2];
             const int64 map = (image * full_h + y) * full_w + pixel;
 #pragma unroll
             for (int i = 0; i < K; ++i) {
@@ -491,30 +560,20 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
             }
             if (some) {
                 const Logit* row = corner + cell * row_stride;
-                const bool has_bottom = vertical.has_next(cell);
-                float top[K], bottom[K];
-                column.scores(row + first_class * class_stride, count, top);
-                if (has_bottom) {
-                    column.scores(row + first_class * class_stride + row_stride, count, bottom);
-                } else {
-#pragma unroll
-                    for (int i = 0; i < K; ++i) bottom[i] = 0.0f;
-                }
-                const float* value_here = losses + map;
-                const Label* label_here = target + map;
-                for (; y < cell_end; ++y, value_here += full_w, label_here += full_w) {
-                    const float value = *value_here;
-                    const int label = int(*label_here);  // before it is known to be needed: both loads are under way
+                scores.load(column, row, row_stride, count, cell, vertical.has_next(cell));
+                for (int64 here = map; y < cell_end; ++y, here += full_w) {
+                    const float value = losses[here];
+                    const int label = int(target[here]) - first_class;  // before it is needed: both loads are under way
                     const float weight = value > cut ? 1.0f : value == cut ? share : 0.0f;
                     if (weight == 0.0f) continue;
                     const float fraction = vertical.fraction(y, cell);
-                    const float own = score_of(column, row, label, row_stride, has_bottom, fraction);
+                    const float own = column.score(row + label * class_stride, row_stride, scores.has_bottom, fraction);
                     const float log_sum = fmaf(value, LOG2_E, own);
-                    const float weight_above = weight * (1.0f - fraction), weight_below = weight * fraction;
+                    const float own_slope = fast_exp2(-LOG2_E * value) - 1.0f;  // exactly 0 where the loss is
+                    const float weight_below = weight * fraction, weight_above = weight - weight_below;
 #pragma unroll
                     for (int k = 0; k < K; ++k) {
-                        float slope = fast_exp2(blend(top[k], bottom[k], fraction) - log_sum);
-                        if (k == label - first_class) slope -= 1.0f;
+                        const float slope = k == label ? own_slope : fast_exp2(scores.at(k, fraction) - log_sum);
                         row_above[k] = fmaf(weight_above, slope, row_above[k]);
                         row_below[k] = fmaf(weight_below, slope, row_below[k]);
                     }
@@ -530,28 +589,34 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
             some_before = some;
             if (some_in_block) {
 #pragma unroll
-                for (int i = 0; i < K; ++i) gathered[i][padded(threadIdx.x)] = row_above[i];
+                for (int i = 0; i < K; ++i)
+                    if (inside) gathered[i][place] = row_above[i];
                 __syncthreads();
             }
+            const int64 inner_stride = classes_first ? 1 : pixel_stride_out;
+            const int64 outer_stride = classes_first ? pixel_stride_out : class_stride_out;
+            Logit* const row_out = gradient + image * image_stride_out + first_class * class_stride_out +
+                                   cell * row_stride_out + first_x * pixel_stride_out;
             for (int i = threadIdx.x % inner; i < inner && int(threadIdx.x) < groups * inner; i += blockDim.x) {
-                for (int j = threadIdx.x / inner; j < outer; j += groups) {
+                int j = threadIdx.x / inner;
+                Logit* out = row_out + i * inner_stride + j * outer_stride;
+                for (; j < outer; j += groups, out += groups * outer_stride) {
                     const int c = classes_first ? i : j, q = classes_first ? j : i;
                     if (c >= count) continue;
                     float sum = 0.0f;
                     if (some_in_block) {
-                        for (int p = starts[q]; p < starts[q + 1]; ++p)
-                            sum = fmaf(fractions[padded(p)], gathered[c][padded(p)], sum);
-                        for (int p = starts[q + 1]; p < starts[q + 2]; ++p)
-                            sum = fmaf(1.0f - fractions[padded(p)], gathered[c][padded(p)], sum);
+                        const int middle = starts[q + 1] + q, last = starts[q + 2] + q;
+#pragma unroll 2
+                        for (int p = starts[q] + q; p < middle; ++p) sum = fmaf(fractions[p], gathered[c][p], sum);
+#pragma unroll 2
+                        for (int p = middle + 1; p <= last; ++p) sum = fmaf(1.0f - fractions[p], gathered[c][p], sum);
                     }
                     if (end - begin > int(blockDim.x)) {  // one logit and class, over several blocks full of pixels
                         if (base > begin) sum += sums[c];
                         sums[c] = sum;
                         if (base + int(blockDim.x) < end) continue;
                     }
-                    store(gradient + image * image_stride_out + (first_class + c) * class_stride_out +
-                              cell * row_stride_out + (first_x + q) * pixel_stride_out,
-                          sum * scale);
+                    store(out, sum * scale);
                 }
             }
         }

@@ -6,6 +6,7 @@ name their weights as it does, in both generations, so that the names tell which
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -83,13 +84,33 @@ def locate(path: str | PathLike[str]) -> Path:
     Raises:
         FileNotFoundError: neither is there.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
-            f"checkpoint: no file {file}; accepted: a .ckpt file, or a run directory with checkpoints/last.ckpt"
+            f"checkpoint: no file {file}; accepted: a .ckpt or .pth file, or a run directory with checkpoints/last.ckpt"
         )
     return file
+
+
+def read_tensors(file: Path) -> Any:
+    """What ``torch.save`` wrote, with ``weights_only=True``: tensors and plain values, never code.
+
+    Raises:
+        ValueError: anything else; the message names the file and what is wrong with it.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes fail in any way
+        kind, told = type(error).__name__, str(error)  # not passed on: it tells how to run what is in the file
+    wanted = re.search(r"GLOBAL (\S+)|TorchScript", told)
+    if wanted:
+        why = f"it wants {wanted[1] or wanted[0]}, which is code; accepted: a state dict saved by "
+        why += "torch.save(net.state_dict(), file)"
+    else:
+        line = told.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        why = f"{kind}: {line}" if line else kind
+    raise ValueError(f"{file} cannot be read as tensors and plain values: {why}")
 
 
 def read(path: str | PathLike[str]) -> Checkpoint:
@@ -113,10 +134,7 @@ def read_any(path: str | PathLike[str]) -> Checkpoint | Published:
         ValueError: a file that is neither.
     """
     file = locate(path)
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes fail in any way
-        raise ValueError(f"{file} cannot be read as a checkpoint of tensors and plain values: {error}") from error
+    content = read_tensors(file)
     if not isinstance(content, dict) or _KEY not in content:
         return _recognise(file, content)
     return Checkpoint(

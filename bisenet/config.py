@@ -438,7 +438,7 @@ class EvaluationConfig:
 
 @dataclass
 class PrecisionConfig:
-    """Arithmetic of training."""
+    """Arithmetic of a training, or of an evaluation."""
 
     name: str = "fp32"
     """``fp32``, ``fp16`` or ``bf16`` (mixed precision; fp16 runs as bf16 on a CPU)."""
@@ -509,7 +509,7 @@ class TrainConfig:
     scheduler: SchedulerConfig = MISSING
     """Learning rate over the steps."""
     precision: PrecisionConfig = MISSING
-    """Arithmetic."""
+    """Arithmetic of the steps; validations and the final evaluation are in fp32."""
     strategy: StrategyConfig = MISSING
     """Devices."""
     trainer: TrainerConfig = MISSING
@@ -550,7 +550,7 @@ class TrainConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Evaluation of a checkpoint: what ``conf/evaluate.yaml`` composes. null: as the checkpoint was trained."""
+    """Evaluation of checkpoints: what ``conf/evaluate.yaml`` composes. null: as the checkpoint was trained."""
 
     checkpoint: Any = MISSING  # str | list[str]; OmegaConf 2.3 cannot merge a union
     """Run directory (its ``checkpoints/last.ckpt``), file ``.ckpt`` of a run, or published weights ``.pth``; several in
@@ -561,6 +561,8 @@ class EvaluateConfig:
     """Name -> protocol; empty: those of the training."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Split and batching."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Arithmetic of the network; fp32 unless given, whatever the training's was."""
     data_root: str | None = None
     """Folder of the data set, where it is not the one trained from."""
     workers: int | None = None
@@ -572,14 +574,15 @@ class EvaluateConfig:
         _require(self.workers is None or self.workers >= 0, "workers", self.workers, "an integer of at least 0")
         _require_one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         _require_names(self.protocol)
-        paths = self.checkpoints
-        ok = all(isinstance(path, str) for path in paths) and len({Path(path) for path in paths}) == len(paths) > 0
+        given = self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
+        ok = all(isinstance(path, str) for path in given) and len(set(self.checkpoints)) == len(given) > 0
         _require(ok, "checkpoint", self.checkpoint, "a path, or a list of paths that differ")
 
     @property
-    def checkpoints(self) -> list[str]:
-        """The paths in ``checkpoint``, one or several."""
-        return list(self.checkpoint) if isinstance(self.checkpoint, list) else [self.checkpoint]
+    def checkpoints(self) -> list[Path]:
+        """The paths in ``checkpoint``, one or several, absolute."""
+        given = self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
+        return [Path(os.path.abspath(os.path.expanduser(path))) for path in given]
 
 
 @dataclass

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
+from itertools import chain, count
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -192,12 +193,12 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: a file that is no checkpoint of ours, a data set that does not fit it, or several checkpoints with
-            different classes. Raised before the first evaluation.
+        ValueError: a file that :func:`read_models` refuses, a data set that does not fit it, or several checkpoints
+            with different classes, pictures or definitions of a protocol. Raised before the first evaluation.
     """
     _require_device("accelerator", cfg.accelerator)
     _quiet()
-    read = [read_model(path, cfg.data) for path in cfg.checkpoints]
+    read = read_models(cfg.checkpoints, cfg.data)
     for other in read[1:]:
         if other.classes.names != read[0].classes.names:
             raise ValueError(
@@ -205,6 +206,7 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> list[dict[str, Any]]:
                 f"{read[0].classes.name}; accepted: the same classes, to be put side by side"
             )
     jobs = [_evaluation(cfg, one) for one in read]
+    _require_comparable(read, jobs)
     results: dict[str, dict[str, Any]] = {}
     for label, one, (trainer, module, data, typed) in zip(_labels(cfg.checkpoints), read, jobs, strict=True):
         folder, origin = run_dir / label, provenance(typed)  # before: the code may be edited meanwhile
@@ -213,9 +215,10 @@ def evaluate(cfg: EvaluateConfig, run_dir: Path) -> list[dict[str, Any]]:
         report.write_json(folder / "provenance.json", origin)
         _write(results[label], folder)
     if len(results) > 1:
-        columns = {f"{label} {name}": found for label, r in results.items() for name, found in _columns(r).items()}
-        Console().print(report.score_table(columns))
-        report.write_text(run_dir / "results.md", report.markdown_table(columns))
+        columns = _columns(results)
+        console = Console()
+        console.print(report.score_table(columns, console.width))
+        report.write_text(run_dir / "results.md", _markdown(results))
         report.plot_iou(columns, read[0].classes, run_dir / "figures" / "iou_per_class.png")
     return list(results.values())
 
@@ -248,9 +251,10 @@ def _trainer(
     )
 
 
-def _evaluation(
-    cfg: EvaluateConfig, read: checkpoint.Checkpoint
-) -> tuple[Trainer, SegmentationModule, SegmentationDataModule, TrainConfig]:
+_Evaluation = tuple[Trainer, SegmentationModule, SegmentationDataModule, TrainConfig]
+
+
+def _evaluation(cfg: EvaluateConfig, read: checkpoint.Checkpoint) -> _Evaluation:
     """All that evaluating a checkpoint takes, the data checked."""
     trained = _restore(read)
     if cfg.protocol:
@@ -266,10 +270,11 @@ def _evaluation(
     data.setup("test")
     module = build(trained, read.classes)
     module.segmenter.network.load_state_dict(read.weights)
+    name = cfg.precision.name
+    module.segmenter.precision = "bf16" if name == "fp16" and not _on_gpu(typed) else name
     trainer = Trainer(
         accelerator=typed.trainer.accelerator,
         devices=1,
-        **_precision(typed),
         use_distributed_sampler=False,
         logger=False,
         callbacks=[RichProgressBar(leave=True)],
@@ -279,14 +284,54 @@ def _evaluation(
     return trainer, module, data, typed
 
 
-def _labels(paths: Sequence[str]) -> list[str]:
-    """What tells the paths apart, as names of folders; of a single path nothing."""
-    parts = [Path(path).parts for path in paths]
+def _require_comparable(read: Sequence[checkpoint.Checkpoint], jobs: Sequence[_Evaluation]) -> None:
+    """Refuse to put side by side what is not measured on the same pictures, or calls two protocols by one name."""
+    known: dict[str, tuple[Any, Any, Path]] = {}  # key -> value, as it is shown, and whose
+    for one, (_, module, data, typed) in zip(read, jobs, strict=True):
+        split = typed.data.report_split
+        files = [(sample.image.resolve(), sample.label.resolve()) for sample in data.samples(split)]
+        pictures = files, f"{len(files)} pictures of {typed.data.root}"
+        measured: dict[str, tuple[Any, Any]] = {"evaluation.split": (split, split), "data_root": pictures}
+        for name, protocol in module.segmenter.protocols.items():
+            measured |= {f"protocol.{name}.{key}": (value, value) for key, value in asdict(protocol).items()}
+        for key, (value, shown) in measured.items():
+            first, first_shown, path = known.setdefault(key, (value, shown, one.path))
+            if value != first:
+                raise ValueError(
+                    f"{key}: got {shown} for {one.path}, other than {first_shown} for {path}; accepted: the same for "
+                    f"all that are put side by side ({key}=... sets it)"
+                )
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """What tells absolute paths apart, as names of folders, no two alike; of a single path nothing."""
+    if len(paths) == 1:
+        return [""]
+    parts = [path.parts for path in paths]
     while all(parts) and len({part[:1] for part in parts}) == 1:
         parts = [part[1:] for part in parts]
     while all(parts) and len({part[-1:] for part in parts}) == 1:
         parts = [part[:-1] for part in parts]
-    return ["_".join(part).removesuffix(".ckpt") or "checkpoint" for part in parts] if len(paths) > 1 else [""]
+    labels: list[str] = []
+    for part in parts:
+        name = "_".join(part).removesuffix(".ckpt") or "checkpoint"
+        labels.append(next(free for free in chain([name], (f"{name}_{n}" for n in count(2))) if free not in labels))
+    return labels
+
+
+def read_models(
+    paths: Sequence[str | PathLike[str]], data: str | DataConfig | None = None
+) -> list[checkpoint.Checkpoint]:
+    """What :func:`read_model` reads, of several files; ``data`` is that of all published weights among them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as :func:`read_model`, but ``data`` is needed where any of them is published.
+    """
+    found = [checkpoint.read_any(path) for path in paths]
+    if data is not None and all(isinstance(one, checkpoint.Checkpoint) for one in found):
+        raise ValueError(f"data: {found[0].path} knows the data set it was trained on; accepted: no data here")
+    return [one if isinstance(one, checkpoint.Checkpoint) else _completed(one, data) for one in found]
 
 
 def read_model(path: str | PathLike[str], data: str | DataConfig | None = None) -> checkpoint.Checkpoint:
@@ -301,11 +346,10 @@ def read_model(path: str | PathLike[str], data: str | DataConfig | None = None) 
         FileNotFoundError: no such file.
         ValueError: neither of both; ``data`` missing, not needed or with another number of classes.
     """
-    found = checkpoint.read_any(path)
-    if isinstance(found, checkpoint.Checkpoint):
-        if data is not None:
-            raise ValueError(f"data: {found.path} knows the data set it was trained on; accepted: no data here")
-        return found
+    return read_models([path], data)[0]
+
+
+def _completed(found: checkpoint.Published, data: str | DataConfig | None) -> checkpoint.Checkpoint:
     if data is None:
         raise ValueError(
             f"data: {found.path} holds weights for {found.n_classes} classes and nothing else; accepted: the data set "
@@ -559,8 +603,9 @@ def _evaluate(
         trainer.test(module, dataloaders=data.evaluation_dataloader(split), verbose=False)
     seconds = time.perf_counter() - started
     protocols = _protocols(module)
+    device = trainer.strategy.root_device
     if trainer.is_global_zero:
-        module.to(trainer.strategy.root_device)  # Lightning has brought it back to the CPU
+        module.to(device)  # Lightning has brought it back to the CPU
         _illustrate(module, protocols, data, split, folder)
         module.cpu()
     first, scores = next(iter(protocols.items()))
@@ -568,6 +613,9 @@ def _evaluate(
         "split": split,
         "protocol": first,
         "miou": scores["miou"],
+    return {
+        "precision": module.segmenter.precision,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "evaluation_seconds": round(seconds, 1),
         "protocols": protocols,
     }
@@ -629,28 +677,52 @@ def _pictures(data: SegmentationDataModule, split: str, most: int = 4) -> list[t
     return [data.picture(split, index) for index in sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})]
 
 
-def _columns(results: dict[str, Any]) -> dict[str, Any]:
-    """The scores of a run side by side: of each protocol, of the last weights and of those that were best on val."""
-    columns = dict(results["protocols"])
-    best = results.get("best_on_val", {"step": results["step"]})
-    if best["step"] != results["step"]:
-        columns |= {f"{name} (best on val)": found for name, found in best["protocols"].items()}
+def _columns(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Scores side by side, of runs by label: of each protocol, of the last weights and of those best on val."""
+    columns: dict[str, Any] = {}
+    for label, results in runs.items():
+        columns |= {f"{label} {name}".strip(): found for name, found in results["protocols"].items()}
+        for name, found in _best(results).get("protocols", {}).items():
+            columns[f"{label} {name} (best on val)".strip()] = found
     return columns
+
+
+def _best(results: dict[str, Any]) -> dict[str, Any]:
+    """What the results say of the weights that were best on val; nothing, where those are the last ones."""
+    best = results.get("best_on_val", {})
+    return best if best.get("step") != results["step"] else {}
+
+
+def _markdown(runs: Mapping[str, dict[str, Any]]) -> str:
+    """What was evaluated and how, a line for each run, and the scores of all side by side."""
+    lines = []
+    for label, results in runs.items():
+        told = [f"{results.get('checkpoint', 'checkpoints/last.ckpt')} ({_step(results)})"]
+        if best := _best(results):
+            told.append(f"best on val: checkpoints/best.ckpt ({_step(best)})")
+        told += [f"split {results['split']}", f"{results['precision']} on {results['device']}"]
+        lines.append(f"- {label or results['name']}: {', '.join(told)}")
+    return "\n".join([*lines, "", report.markdown_table(_columns(runs))])
+
+
+def _step(results: dict[str, Any]) -> str:
+    return "unknown step" if results["step"] is None else f"step {results['step']}"
 
 
 def _write(results: dict[str, Any], folder: Path) -> None:
     """The results as a table, and ``results.json``, last: with it a run is finished."""
-    report.write_text(folder / "results.md", report.markdown_table(_columns(results)), replace=True)
+    report.write_text(folder / "results.md", _markdown({"": results}), replace=True)
     report.write_json(folder / "results.json", results)
     _show(results)
 
 
 def _show(results: dict[str, Any]) -> None:
     console = Console()
-    console.print(report.score_table(_columns(results)))
-    stages = [(results, f"last weights, step {results['step']}")]
+    console.print(report.score_table(_columns({"": results}), console.width))
+    weights = Path(results["checkpoint"]).name if "checkpoint" in results else "last weights"
+    stages = [(results, f"{weights}, {_step(results)}")]
     if best := results.get("best_on_val"):
-        stages.append((best, f"best on {best['selected_on']}, step {best['step']}"))
+        stages.append((best, f"best on {best['selected_on']}, {_step(best)}"))
     if ema := results.get("ema"):
         stages.append((ema, f"moving average of the weights, decay {ema['decay']}"))
     for found, weights in stages:

@@ -21,6 +21,9 @@ from torch.nn import functional as F
 from bisenet.classes import ClassTable
 from bisenet.config import EvaluationConfig, ProtocolConfig
 
+_SCORES_AT_A_TIME = 2**27  # of one whole view: 512 MiB in float32
+_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
 Size = tuple[int, int]
 """Height and width in pixels."""
 
@@ -64,7 +67,11 @@ def view_size(size: Size, scale: float, multiple: int) -> Size:
 
 
 def start_size(size: Size, short_side: int | None) -> Size:
-    """The picture's size with a shorter side of so many pixels; the longer one is rounded down."""
+    """The picture's size with a shorter side of so many pixels; the longer one is rounded down.
+
+    Departs: the reference also rounds the longer side of a square picture, where ``int(short_side / w * h)`` may be one
+    pixel less than ``short_side`` in floating point; ours stays square.
+    """
     if short_side is None:
         return size
     short = min(size)
@@ -115,10 +122,11 @@ def predict(
 
     Pictures are resized to their views with align_corners=True (to a ``short_side`` before that without), as are the
     scores of whole views before their softmax, and the probabilities of views in windows after it; in between the
-    logits are upsampled to the tile as the network's generation does it. One whole view needs no softmax.
+    logits are upsampled to the tile as the network's generation does it. One whole view needs no softmax, and its
+    classes are upsampled some at a time.
 
     Memory: beside the network's own, the sum of each protocol that has several views, (B, C, H, W) float32, and about
-    three times the scores of the largest view.
+    three times the scores of the largest view; for one whole view about 1 GiB and 32 bytes a pixel.
 
     Args:
         network: returns ``SegmentationOutput``; has ``align_corners``.
@@ -145,7 +153,12 @@ def predict(
             seconds[i] += passed * _pixels(tiles) / _pixels(logits)
         for i, tiles in users:
             started = _now(image)
-            merged = _merge(protocols[i], tiles, logits, view.size, size, align_corners=bool(network.align_corners))
+            align_corners = bool(network.align_corners)
+            if _is_one_view(protocols[i]):
+                train_ids[i] = _classify(logits[tiles[0]], view.size, size, align_corners=align_corners)
+                seconds[i] += _now(image) - started
+                continue
+            merged = _merge(protocols[i], tiles, logits, view.size, size, align_corners=align_corners)
             scores[i] = scores[i].add_(merged) if i in scores else merged
             del merged  # it would last until the next one is made
             wanted[i].remove((view, tiles))
@@ -193,6 +206,29 @@ def _cut(view: Tensor, tile: Tile) -> Tensor:
     return piece.flip(-1) if tile.mirrored else piece
 
 
+def _is_one_view(protocol: ProtocolConfig) -> bool:
+    return len(protocol.scales) == 1 and not protocol.flip and not protocol.crop
+
+
+def _classify(logits: Tensor, view: Size, size: Size, *, align_corners: bool) -> Tensor:
+    """Train ids (B, H, W) of one whole view: the argmax of its logits, upsampled to the view, then to the picture.
+
+    Each class is upsampled by itself, so taking some at a time changes no bit, and bounds memory for large pictures.
+    """
+    most = max(1, _SCORES_AT_A_TIME // (len(logits) * max(math.prod(view), math.prod(size))))
+    best = train_ids = None
+    for first in range(0, logits.shape[1], most):
+        part = resize(logits[:, first : first + most], view, align_corners=align_corners)
+        values, found = resize(part, size, align_corners=True).max(dim=1)
+        if best is None or train_ids is None:
+            best, train_ids = values, found
+        else:
+            train_ids = torch.where(values > best, found + first, train_ids)  # of equal ones the first, as argmax
+            best = torch.maximum(best, values)
+    assert train_ids is not None, "a network has classes"
+    return train_ids
+
+
 def _merge(
     protocol: ProtocolConfig,
     tiles: Sequence[Tile],
@@ -218,8 +254,7 @@ def _merge(
 
     if not protocol.crop:
         (whole,) = tiles
-        single = len(protocol.scales) == 1 and not protocol.flip
-        return upsampled(whole) if single else score(whole)
+        return score(whole)
 
     height, width = view
     some = logits[tiles[0]]
@@ -249,6 +284,8 @@ class Segmenter(nn.Module):
         protocols: name -> how a picture becomes a prediction, as :func:`config.protocols` fills it in; the first is the
             one that :meth:`forward` and :meth:`predict` use.
         max_pixels_per_batch: bounds what is forwarded at a time, as in :func:`predict`.
+        precision: ``fp32``, or mixed with ``fp16`` or ``bf16``, of every prediction: also of those within a training
+            that has another.
     """
 
     mean: Tensor
@@ -262,12 +299,14 @@ class Segmenter(nn.Module):
         std: Sequence[float],
         protocols: Mapping[str, ProtocolConfig],
         max_pixels_per_batch: int = EvaluationConfig.max_pixels_per_batch,
+        precision: str = "fp32",
     ) -> None:
         super().__init__()
         self.network = network
         self.classes = classes
         self.protocols = dict(protocols)
         self.max_pixels_per_batch = max_pixels_per_batch
+        self.precision = precision
         # In units of raw pixels, so that normalising a uint8 picture is one subtraction and one multiplication.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -284,7 +323,8 @@ class Segmenter(nn.Module):
     def predictions(self, image: Tensor, names: Iterable[str]) -> dict[str, Prediction]:
         """(B, 3, H, W) uint8 RGB -> what each of the protocols that are named predicts."""
         named = {name: self.protocols[name] for name in names}
-        found = predict(self.network, self.normalize(image), list(named.values()), self.max_pixels_per_batch)
+        with torch.autocast(image.device.type, _AUTOCAST.get(self.precision), enabled=self.precision in _AUTOCAST):
+            found = predict(self.network, self.normalize(image), list(named.values()), self.max_pixels_per_batch)
         return dict(zip(named, found, strict=True))
 
     @torch.inference_mode()

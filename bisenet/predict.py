@@ -77,7 +77,9 @@ def find_sources(given: str, *, beside: Path) -> list[Source]:
         while any(map(glob.has_magic, plain)):
             plain.pop()
         base, files = Path(*plain), [Path(p) for p in glob.glob(str(path), recursive=True)]
-    files = sorted(p for p in files if p.is_file() and beside.resolve() not in p.resolve().parents)
+    outputs = Path(os.path.realpath(beside))
+    kept = (p for p in files if p.is_file() or not p.exists())  # a link to nothing is named when it is read
+    files = sorted(p for p in kept if outputs not in Path(os.path.realpath(p)).parents)
     if not files:
         raise FileNotFoundError(
             f"input: nothing at {given!r}; accepted: a picture ({' '.join(sorted(_PICTURES))}), a video "
@@ -112,7 +114,7 @@ def run(segmenter: Segmenter, sources: Sequence[Source], cfg: PredictConfig, fol
     A stream ends early where its file does; what came before is kept. Ctrl-C ends a camera.
 
     Returns:
-        One message for each source that could not be read, naming it; all others are written.
+        One message for each source that could not be read or segmented, naming it; all others are written.
     """
     if cfg.legend and (cfg.overwrite or not (folder / "legend.png").exists()):
         classes = segmenter.classes
@@ -129,12 +131,12 @@ def run(segmenter: Segmenter, sources: Sequence[Source], cfg: PredictConfig, fol
                 with _Writer(source, segmenter.classes, cfg, folder) as writer:
                     for rgb in _frames(source, cfg.max_frames):
                         before = time.perf_counter()
-                        mask = segmenter.predict(rgb)
+                        mask = _segment(segmenter, rgb, source)
                         network_seconds += time.perf_counter() - before
                         writer.write(rgb, mask)
                         frames += 1
                         progress.advance(bar)
-            except UnreadableInput as error:
+            except UnusableInput as error:
                 problems.append(str(error))
                 log.error("skipped: %s", error)
                 progress.advance(bar, 0 if source.is_stream else 1)
@@ -150,8 +152,17 @@ def run(segmenter: Segmenter, sources: Sequence[Source], cfg: PredictConfig, fol
     return problems
 
 
-class UnreadableInput(ValueError):
-    """A picture or video that cannot be read; the message names it."""
+class UnusableInput(ValueError):
+    """A picture or video that cannot be read or segmented; the message names it."""
+
+
+def _segment(segmenter: Segmenter, rgb: np.ndarray, source: Source) -> np.ndarray:
+    try:
+        return segmenter.predict(rgb)
+    except (RuntimeError, MemoryError) as error:  # of the allocator or the device; a smaller picture may fit
+        size = f"{rgb.shape[0]} x {rgb.shape[1]} pixels"
+        line = str(error).partition("\n")[0] or type(error).__name__
+        raise UnusableInput(f"{source.origin} cannot be segmented ({size}): {line}") from error
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -160,20 +171,20 @@ def read_picture(path: Path) -> np.ndarray:
     Grey is repeated, alpha is left out, 16 bits are scaled to 8.
 
     Raises:
-        UnreadableInput: no picture, a damaged one, or one of another depth.
+        UnusableInput: no picture, a damaged one, or one of another depth.
     """
     try:
         data = np.fromfile(path, np.uint8)
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH
         picture = cv2.imdecode(data, flags) if data.size else None  # refuses truncated files, which imread completes
     except (OSError, cv2.error) as error:
-        raise UnreadableInput(f"{path} cannot be read: {error}") from error
+        raise UnusableInput(f"{path} cannot be read: {error}") from error
     if picture is None:
-        raise UnreadableInput(f"{path} cannot be decoded: no picture, or a truncated or damaged one")
+        raise UnusableInput(f"{path} cannot be decoded: no picture, or a truncated or damaged one")
     if picture.dtype == np.uint16:
         return np.rint(picture / 257).astype(np.uint8)
     if picture.dtype != np.uint8:
-        raise UnreadableInput(f"{path} holds {picture.dtype} values; accepted: 8 or 16 bits per channel")
+        raise UnusableInput(f"{path} holds {picture.dtype} values; accepted: 8 or 16 bits per channel")
     return picture
 
 
@@ -196,7 +207,7 @@ def _frames(source: Source, most: int | None) -> Iterator[np.ndarray]:
     finally:
         capture.release()
     if number == 0:
-        raise UnreadableInput(f"{name} cannot be read: not there, damaged, or of an unknown codec")
+        raise UnusableInput(f"{name} cannot be read: not there, damaged, or of an unknown codec")
     announced = _length(source, most)
     if announced is not None and number < announced:
         log.warning("%s ended after %d of the %d frames that it announces", name, number, announced)
@@ -296,7 +307,7 @@ class _Writer:
                 raise OSError(f"{target} cannot be written: OpenCV has no encoder for {_CODEC} here, or no place")
             self.video, self.size = video, (height, width)
         if (height, width) != self.size:  # OpenCV would leave the frame out and say nothing
-            raise UnreadableInput(f"{self.source.origin}: frame {self.number} has another size than the first")
+            raise UnusableInput(f"{self.source.origin}: frame {self.number} has another size than the first")
         below, right = height - picture.shape[0], width - picture.shape[1]
         picture = cv2.copyMakeBorder(picture, 0, below, 0, right, cv2.BORDER_REPLICATE)
         self.video.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))

@@ -12,6 +12,8 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
+from bisenet.checkpoint import read_tensors
+
 log = logging.getLogger(__name__)
 
 _TIMEOUT = 30  # seconds without an answer
@@ -76,12 +78,8 @@ def load_backbone(backbone: nn.Module, file: Path) -> None:
     Raises:
         ValueError: a file of another kind, or one of which less than half fits.
     """
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes fail in any way
-        raise ValueError(f"{file} cannot be read as weights: {error}") from error
     counters = ".num_batches_tracked"  # of batch norms, which use them only without a momentum
-    given = {key: tensor for key, tensor in _flatten(content).items() if not key.endswith(counters)}
+    given = {key: tensor for key, tensor in _flatten(read_tensors(file)).items() if not key.endswith(counters)}
     own = {key: tensor for key, tensor in backbone.state_dict().items() if not key.endswith(counters)}
     fitting = {key: tensor for key, tensor in given.items() if key in own and own[key].shape == tensor.shape}
     unused = [f"{key} {tuple(given[key].shape)}" for key in given if key not in fitting]

@@ -15,6 +15,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
+from rich.console import Group
 from rich.table import Table
 
 from bisenet.classes import ClassTable
@@ -111,13 +112,14 @@ def plot_iou(columns: Mapping[str, Mapping[str, Any]], classes: ClassTable, out:
         classes: their table.
         out: PNG file.
     """
-    values = {name: [scores["classes"][name]["iou"] for scores in columns.values()] for name in classes.names}
+    ious = {name: [scores["classes"][name]["iou"] for scores in columns.values()] for name in classes.names}
+    values: dict[str, list[Any]] = {n: [iou and 100 * iou for iou in row] for n, row in ious.items()}
     shown = [name for name, row in values.items() if any(value is not None for value in row)]
     row, size = (0.24, 8.5) if len(shown) <= 40 else (0.15, 6.5)
     figure = Figure(figsize=(7.5, 1.3 + row * len(shown)), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
-    _panel(axes, f"IoU of {len(shown)} classes", "intersection over union")
-    labels = [f"{label}: mIoU {_number(scores['miou'])}" for label, scores in columns.items()]
+    _panel(axes, f"IoU of {len(shown)} classes", "intersection over union, %")
+    labels = [f"{label}: mIoU {percent(scores['miou'])}" for label, scores in columns.items()]
     colours = [_COLOURS[number % len(_COLOURS)] for number in range(len(columns))]
     if len(columns) == 1:
         axes.set_title(f"{labels[0]} over {len(shown)} classes", fontsize=11, loc="left")
@@ -126,7 +128,7 @@ def plot_iou(columns: Mapping[str, Mapping[str, Any]], classes: ClassTable, out:
         bars = [values[name][0] for name in shown]
         axes.barh(shown, bars, color=[palette[name] for name in shown], edgecolor="0.35", linewidth=0.5)
         for at, value in enumerate(bars):
-            text = axes.text(value + 0.008, at, f"{value:.3f}", va="center", fontsize=size, color="0.25")
+            text = axes.text(value + 0.8, at, f"{value:.1f}", va="center", fontsize=size, color="0.25")
             text.set_in_layout(False)
             text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # over the line of the mean
     else:
@@ -137,9 +139,9 @@ def plot_iou(columns: Mapping[str, Mapping[str, Any]], classes: ClassTable, out:
         figure.legend(loc="outside upper left", ncols=min(3, len(columns)), frameon=False, fontsize=8)
     for scores, colour in zip(columns.values(), colours, strict=True):
         if scores["miou"] is not None:
-            axes.axvline(scores["miou"], color=colour, linestyle="--", linewidth=1.0, zorder=1)
+            axes.axvline(100 * scores["miou"], color=colour, linestyle="--", linewidth=1.0, zorder=1)
     axes.tick_params("y", labelsize=size)
-    axes.set_xlim(0, 1.06)
+    axes.set_xlim(0, 106)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     if absent := [name for name in values if name not in shown]:
         note = _listed("absent, left out of the mean: ", absent, 110)
@@ -360,23 +362,48 @@ _SUMMARY = {
     "n_images": "images",
     "seconds": "seconds",
 }
+_UNIT = "scores in %"
+_HEADER = 14  # characters in a line of a header, where a table is too wide
 
 
-def score_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
+def score_table(columns: Mapping[str, Mapping[str, Any]], width: int) -> Group:
     """Scores side by side for the terminal: the means, then the IoU of each class and category.
+
+    Where they are too many for one table, several stand below each other; headers are folded, numbers never cut.
 
     Args:
         columns: name of a protocol or checkpoint -> ``SegmentationScores.to_dict()``, with ``seconds`` if known.
+        width: characters in a line of the terminal.
     """
-    table = Table()
-    table.add_column("", no_wrap=True)
-    for label in columns:
-        table.add_column(label, justify="right")
-    for section in _sections(columns):
-        for name, cells in section.items():
-            table.add_row(name, *cells, style="dim" if set(cells) == {"-"} else None)
-        table.add_section()
-    return table
+    sections = _sections(columns)
+    rows = [(name, cells) for section in sections for name, cells in section.items()]
+    numbers = [max(len(cells[at]) for _, cells in rows) for at in range(len(columns))]
+    widths = [max(number, len(label)) for number, label in zip(numbers, columns, strict=True)]
+    names = max(len(name) for name in (_UNIT, *(name for name, _ in rows)))
+
+    def fit(*inner: int) -> bool:
+        return sum(3 + wide for wide in inner) + 1 <= width  # two blanks and a border each
+
+    if not fit(names, *widths):
+        widths = [max(number, min(wide, _HEADER)) for number, wide in zip(numbers, widths, strict=True)]
+        names = max(min(names, width - max(widths) - 7), 1)
+    blocks: list[list[int]] = [[]]
+    for at, wide in enumerate(widths):
+        if blocks[-1] and not fit(names, wide, *(widths[before] for before in blocks[-1])):
+            blocks.append([])
+        blocks[-1].append(at)
+    labels, tables = list(columns), []
+    for block in blocks:
+        table = Table()
+        table.add_column(_UNIT, width=names, overflow="fold")
+        for at in block:
+            table.add_column(labels[at], justify="right", width=widths[at], overflow="fold")
+        for section in sections:
+            for name, cells in section.items():
+                table.add_row(name, *(cells[at] for at in block), style="dim" if set(cells) == {"-"} else None)
+            table.add_section()
+        tables.append(table)
+    return Group(*tables)
 
 
 def data_table(findings: Mapping[str, Any]) -> Table:
@@ -399,7 +426,7 @@ def data_table(findings: Mapping[str, Any]) -> Table:
 
 def markdown_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """What :func:`score_table` shows, as a Markdown table."""
-    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    lines = [f"| {_UNIT} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for name, cells in (row for section in _sections(columns) for row in section.items()):
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -409,7 +436,7 @@ def _sections(columns: Mapping[str, Mapping[str, Any]]) -> list[dict[str, list[s
     """Rows of name -> one cell for each column: the means, the classes, the categories."""
     scores = list(columns.values())
     means = {
-        title: [_number(column.get(key)) for column in scores]
+        title: [_cell(key, column.get(key)) for column in scores]
         for key, title in _SUMMARY.items()
         if any(key in column for column in scores)
     }
@@ -418,7 +445,7 @@ def _sections(columns: Mapping[str, Mapping[str, Any]]) -> list[dict[str, list[s
         names = list(dict.fromkeys(name for column in scores for name in column.get(key, ())))
         sections.append(
             {
-                prefix + name: [_number(column.get(key, {}).get(name, {}).get("iou")) for column in scores]
+                prefix + name: [percent(column.get(key, {}).get(name, {}).get("iou")) for column in scores]
                 for name in names
             }
         )
@@ -430,10 +457,9 @@ def percent(score: float | None) -> str:
     return "-" if score is None else f"{100 * score:.2f}"
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.4f}"
+def _cell(key: str, value: float | None) -> str:
+    formats = {"n_images": "{}", "seconds": "{:.1f}"}
+    return percent(value) if value is None or key not in formats else formats[key].format(value)
 
 
 # ---------------------------------------------------------------- files

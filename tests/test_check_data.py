@@ -106,7 +106,8 @@ def test_lists_and_the_cityscapes_tree_name_all_that_is_missing(tmp_path: Path) 
         assert not fit
         problems = found["splits"]["train"]["problems"]
         assert all(any(name in problem for problem in problems) for name in missing)
-        assert (len(problems), found["splits"]["train"]["fit"]) == (2, 2)
+        train = found["splits"]["train"]
+        assert (len(problems), train["pairs"], train["fit"]) == (2, 4, 2)
 
 
 def test_a_split_that_is_not_there_or_holds_nothing_to_learn_is_unfit(tmp_path: Path) -> None:
@@ -123,6 +124,27 @@ def test_a_split_that_is_not_there_or_holds_nothing_to_learn_is_unfit(tmp_path: 
     assert not fit
     assert found["suggested"] is None
     assert "nowhere is not a folder" in found["splits"]["train"]["problems"][0]
+
+
+def test_a_pair_is_counted_once_however_much_of_it_is_missing(tmp_path: Path) -> None:
+    data = listed_set(tmp_path / "set", {"train": 3, "val": 1})
+    (tmp_path / "set" / "pictures" / "train1.jpg").unlink()
+    (tmp_path / "set" / "labels" / "train1.png").unlink()
+    train = checked(data, tmp_path / "out")[1]["splits"]["train"]
+    assert (len(train["problems"]), train["pairs"], train["fit"]) == (2, 3, 2)
+    data.root = str(tmp_path / "nowhere")
+    train = checked(data, tmp_path / "nothing")[1]["splits"]["train"]
+    assert (len(train["problems"]), train["pairs"], train["fit"]) == (1, 0, 0)
+
+
+def test_pictures_that_are_listed_twice_are_told(tmp_path: Path) -> None:
+    data = listed_set(tmp_path / "set", {"train": 3, "val": 1})
+    lines = (tmp_path / "set" / "train.csv").read_text()
+    (tmp_path / "set" / "train.csv").write_text(lines + lines.splitlines()[0])
+    fit, found = checked(data, tmp_path / "out")
+    assert fit
+    assert found["splits"]["train"]["pairs"] == 4
+    assert any("train: 1 pictures are listed, and count, more than once: " in told for told in found["warnings"])
 
 
 def test_what_may_surprise_is_said(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import ast
 import json
 import logging
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import bisenet
 from bisenet import checkpoint, config, experiment
 from bisenet.config import DataConfig
 from bisenet.networks import BiSeNetV1, BiSeNetV2
+from bisenet.pretrained import load_backbone
 
 IMAGENET = [0.485, 0.456, 0.406]
 
@@ -140,11 +142,45 @@ def test_files_that_do_not_fit_are_refused_by_name(file: Path) -> None:
     v1, v2 = published("bisenetv1"), published("bisenetv2")
     refused({}, "no state dict")
     refused({"epoch": 3, "model": v1}, "no state dict")
-    refused(Path("code"), "cannot be read as a checkpoint of tensors and plain values")
+    refused(Path("code"), "cannot be read as tensors and plain values: it wants pathlib.")
     refused({k: v for k, v in v1.items() if k.startswith("cp.")}, "neither a BiSeNetV1")
     refused({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "conv1.weight")
     refused({k: v for k, v in v2.items() if "S5_5.conv_last" not in k}, "segment.S5_5.conv_last.conv.weight")
     refused(v1 | {"sp.conv2.conv.weight": torch.zeros(64, 64, 5, 5)}, "sp.conv2.conv.weight [64, 64, 5, 5] for [64, ")
+
+
+@pytest.mark.parametrize("kind", ["network", "system", "script", "pickle", "empty", "text", "truncated"])
+def test_a_file_that_holds_more_than_tensors_is_refused_without_advice_to_run_it(kind: str, file: Path) -> None:
+    class System:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, ("true",)
+
+    torch.save({"a": torch.zeros(3)}, file)
+    whole = file.read_bytes()
+    expected = {"network": "it wants torch.nn.modules.linear.Linear, which is code; accepted: a state dict saved by",
+                "system": "it wants posix.system, which is code", "script": "it wants TorchScript, which is code",
+                "pickle": "UnpicklingError: Unsupported operand", "empty": "EOFError", "text": "KeyError: 101",
+                "truncated": "RuntimeError: PytorchStreamReader failed"}  # fmt: skip
+    if kind == "script":
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(file))
+    elif kind in ("network", "system"):
+        torch.save(torch.nn.Linear(2, 2) if kind == "network" else System(), file)
+    else:
+        content = {"pickle": pickle.dumps({"a": 3}), "empty": b"", "text": b"hello", "truncated": whole[:100]}
+        file.write_bytes(content[kind])
+    for reader in (checkpoint.read_any, lambda path: load_backbone(torch.nn.Linear(2, 2), path)):
+        with pytest.raises(ValueError, match=re.escape(f"{file} cannot be read")) as raised:
+            reader(file)
+        assert expected[kind] in str(raised.value)
+        assert not re.search("weights_only|\x1b|\n", str(raised.value))
+
+
+def test_a_checkpoint_is_found_below_the_home_directory(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(file.parent))
+    with pytest.raises(FileNotFoundError, match=rf"no file {re.escape(str(file))}; accepted: a \.ckpt or \.pth file"):
+        checkpoint.locate(f"~/{file.name}")
+    file.touch()
+    assert checkpoint.locate(f"~/{file.name}") == file
 
 
 def test_data_are_asked_for_exactly_where_they_are_needed(file: Path) -> None:

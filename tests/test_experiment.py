@@ -21,7 +21,7 @@ from test_config import composed
 import bisenet
 from bisenet import checkpoint, config, experiment, report
 from bisenet.classes import ClassTable
-from bisenet.config import ProtocolConfig
+from bisenet.config import EvaluateConfig, ProtocolConfig
 from bisenet.data import SegmentationDataModule
 from bisenet.module import SegmentationModule
 
@@ -92,10 +92,11 @@ def test_a_run_directory_holds_what_a_reader_needs(finished: Path) -> None:
     assert single["definition"] == asdict(ProtocolConfig())
     assert (single["n_images"], len(single["classes"])) == (3, 19)
     assert set(single["categories"]) == set(ClassTable.load("cityscapes").categories)
-    assert (
-        f"| mIoU | {single['miou']:.4f} | {found['protocols']['half']['miou']:.4f} |"
-        in (finished / "results.md").read_text()
-    )
+    table = (finished / "results.md").read_text()
+    assert f"| mIoU | {100 * single['miou']:.2f} | {100 * found['protocols']['half']['miou']:.2f} |" in table
+    assert "checkpoints/last.ckpt (step 6), " in table
+    assert "split val, fp32 on cpu" in table
+    assert (found["precision"], found["device"]) == ("fp32", "cpu")
     best = found["best_on_val"]
     assert best["selected_on"] == "val"
     assert best["protocols"]["ss"]["miou"] >= single["miou"]  # the split that selects is the one reported here
@@ -147,9 +148,94 @@ def test_several_checkpoints_and_protocols_are_put_side_by_side(finished: Path, 
             scores = found["protocols"][name]
             assert scores["seconds"] > 0
             assert np.load(tmp_path / label / f"counts_test_{name}.npz")["per_image"].shape == (2, 3, 19)
-    header, *_ = (tmp_path / "results.md").read_text().splitlines()
-    assert header == f"| | {' | '.join(f'{label} {name}' for label in ('last', 'best') for name in names)} |"
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert [f"- last: {files[0]} (step 6), split test, fp32 on cpu", lines[1], ""] == lines[:3]
+    columns = [f"{label} {name}" for label in ("last", "best") for name in names]
+    assert lines[3] == f"| scores in % | {' | '.join(columns)} |"
     assert (tmp_path / "figures" / "iou_per_class.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        (["{cwd}/runs/a", "runs/b", "~/c"], ["{cwd}_runs_a", "{cwd}_runs_b", "home_c"]),
+        (["{cwd}/runs/a", "runs/b"], ["a", "b"]),
+        (["a_b/c", "a/b_c", "a/b/c.ckpt"], ["a_b_c", "a_b_c_2", "a_b_c_3"]),
+        (["runs/a/checkpoints/last.ckpt", "runs/../runs/b/checkpoints/last.ckpt"], ["a", "b"]),
+        (["runs", "runs/a"], ["checkpoint", "a"]),
+        (["runs/a"], [""]),
+    ],
+)
+def test_labels_tell_checkpoints_apart_and_stay_below_the_run(
+    paths: list[str], labels: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home")
+    cfg = EvaluateConfig(checkpoint=[path.format(cwd=tmp_path) for path in paths])
+    assert experiment._labels(cfg.checkpoints) == [label.format(cwd="_".join(tmp_path.parts[1:])) for label in labels]
+    twice = [paths[0].format(cwd=tmp_path), f"{cfg.checkpoints[0].parent}/./{cfg.checkpoints[0].name}"]
+    with pytest.raises(ValueError, match="accepted: a path, or a list of paths that differ"):
+        EvaluateConfig(checkpoint=twice)
+
+
+def test_evaluations_are_in_fp32_unless_asked_for_otherwise_whatever_the_training_was(
+    scenes: list[str], tmp_path: Path
+) -> None:
+    """So that there is one number: within the training, and of its checkpoint."""
+    cfg = composed(*FAST, *scenes, "trainer.max_steps=3", "trainer.val_interval=2", "precision=bf16",
+                   "data.workers=0")  # fmt: skip
+    trained = experiment.train(cfg, tmp_path / "run")
+    found: dict[str, Any] = {}
+    for name in ("fp32", "fp16"):
+        overrides = ["workers=0", "accelerator=cpu"] + (["precision=fp16"] if name == "fp16" else [])
+        again = composed(f"checkpoint={tmp_path / 'run'}", *overrides, name="evaluate")
+        (found[name],) = experiment.evaluate(config.typed(again), tmp_path / name)
+    assert [r["precision"] for r in (trained, found["fp32"], found["fp16"])] == ["fp32", "fp32", "bf16"]
+    for protocol in ("ss", "half"):
+        first, second, other = (np.load(tmp_path / folder / f"counts_val_{protocol}.npz") for folder in ("run", *found))
+        assert all(np.array_equal(first[key], second[key]) for key in first)
+        assert not np.array_equal(first["confusion"], other["confusion"])
+
+
+def test_own_runs_and_published_weights_are_put_side_by_side(finished: Path, scenes: list[str], tmp_path: Path) -> None:
+    published = tmp_path / "published.pth"
+    torch.save(checkpoint.read(finished).weights, published)
+    overrides = ["data=synthetic", *scenes, "protocol=ss", "workers=0", "accelerator=cpu"]
+    cfg = composed(f"checkpoint=[{finished},{published}]", *overrides, name="evaluate")
+    own, other = experiment.evaluate(config.typed(cfg), tmp_path / "out")
+    assert (own["step"], other["step"]) == (6, None)
+    assert own["protocols"]["ss"]["miou"] == other["protocols"]["ss"]["miou"]
+    assert f"published.pth: {published} (unknown step), split val" in (tmp_path / "out" / "results.md").read_text()
+    cfg = composed(f"checkpoint=[{finished},{finished}/checkpoints/best.ckpt]", *overrides, name="evaluate")
+    with pytest.raises(ValueError, match="knows the data set it was trained on; accepted: no data here"):
+        experiment.evaluate(config.typed(cfg), tmp_path / "none")
+
+
+def with_data(run: Path, copy: Path, **data: Any) -> Path:
+    """A copy of a checkpoint that says otherwise what it was trained on."""
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    content["bisenet"]["config"]["data"] |= data
+    torch.save(content, copy)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"report_split": "test"}, r"evaluation\.split: got test for .*other\.ckpt, other than val for .*last\.ckpt"),
+        ({"limit": 1}, r"data_root: got 1 pictures of .* for .*other\.ckpt, other than 3 pictures of"),
+        ({"eval_short_side": 32}, r"protocol\.ss\.short_side: got 32 for .*other\.ckpt, other than None"),
+    ],
+    ids=["split", "pictures", "protocol"],
+)
+def test_scores_of_other_pictures_are_not_put_side_by_side(
+    data: dict[str, Any], message: str, finished: Path, tmp_path: Path
+) -> None:
+    other = with_data(finished, tmp_path / "other.ckpt", **data)
+    cfg = composed(f"checkpoint=[{finished},{other}]", "workers=0", "accelerator=cpu", name="evaluate")
+    with pytest.raises(ValueError, match=message):
+        experiment.evaluate(config.typed(cfg), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_checkpoints_of_other_classes_are_not_put_side_by_side(finished: Path, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from test_config import composed
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-from bisenet import config
+from bisenet import config, inference
 from bisenet.classes import ClassTable
 from bisenet.config import ProtocolConfig
-from bisenet.inference import Segmenter, predict, view_size, windows
+from bisenet.inference import Segmenter, predict, resize, view_size, windows
 from bisenet.networks import BiSeNetV2, SegmentationOutput
 
 CLASSES = ClassTable.load("camvid")
@@ -209,6 +209,34 @@ def test_a_single_view_is_the_argmax_of_the_logits_bit_by_bit(generation: str) -
     assert torch.equal(beside.train_ids, expected)
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("classes", [2, 11, 171])
+def test_taking_some_classes_at_a_time_bounds_memory_and_changes_no_label(
+    classes: int, align_corners: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network, image = Patches(classes), torch.randn(2, 3, 70, 90)
+    network.align_corners = align_corners
+    network.conv.weight.data[-1] = network.conv.weight.data[0]  # two classes that tie
+    (whole,) = predict(network, image, [ProtocolConfig()], 10**9)
+    assert (whole.train_ids == 0).any()
+    assert not (whole.train_ids == classes - 1).any()
+    held: list[int] = []
+
+    def spied(x: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
+        resized = resize(x, size, align_corners=align_corners)
+        held.append(resized.numel() if len(x) == 2 and x.shape[1] != 3 else 0)
+        return resized
+
+    monkeypatch.setattr(inference, "resize", spied)
+    for most in (1, 2 * 96 * 96, 10 * 96 * 96):
+        held.clear()
+        monkeypatch.setattr(inference, "_SCORES_AT_A_TIME", most)
+        (some,) = predict(network, image, [ProtocolConfig()], 10**9)
+        assert torch.equal(some.train_ids, whole.train_ids)
+        assert max(held) <= max(most, 2 * 96 * 96)
+
+
 @given(sides, sides, window_sides, window_sides, st.floats(0.05, 1))
 def test_windows_cover_every_pixel_and_leave_a_view_only_to_centre_it(
     height: int, width: int, ch: int, cw: int, stride: float
@@ -280,6 +308,20 @@ def test_the_first_protocol_predicts_and_each_can_be_asked_for() -> None:
     found = segmenter.predictions(image, ["ss", "half"])
     assert torch.equal(segmenter(image), found["half"].train_ids)
     assert not torch.equal(found["ss"].train_ids, found["half"].train_ids)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_predictions_have_their_own_precision_within_a_training(precision: str, dtype: torch.dtype) -> None:
+    segmenter = segmenter_of(network := Patches())
+    segmenter.precision = precision
+    image = torch.randint(0, 256, (1, 3, 70, 90), dtype=torch.uint8)
+    computed: list[torch.dtype] = []
+    network.conv.register_forward_hook(lambda _, __, out: computed.append(out.dtype))
+    outside = segmenter(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = segmenter(image)
+    assert computed == [dtype] * 2
+    assert torch.equal(inside, outside)
 
 
 def test_normalisation_is_that_of_the_data_set() -> None:

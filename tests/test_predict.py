@@ -23,7 +23,7 @@ from bisenet.classes import ClassTable, SegmentationClass
 from bisenet.config import PredictConfig, ProtocolConfig
 from bisenet.inference import Segmenter
 from bisenet.networks import BiSeNetV2
-from bisenet.predict import Source, UnreadableInput, find_sources, read_picture, require_free
+from bisenet.predict import Source, UnusableInput, find_sources, read_picture, require_free
 from bisenet.visualize import legend, legend_columns, overlay
 
 ROOT = Path(__file__).parents[1]
@@ -138,10 +138,10 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     broken = {"cut.png": whole[:200], "cut.jpg": jpeg[: len(jpeg) // 2], "empty.png": b"", "text.png": b"hello"}
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UnreadableInput, match=re.escape(name)):
+        with pytest.raises(UnusableInput, match=re.escape(name)):
             read_picture(tmp_path / name)
     cv2.imwrite(str(tmp_path / "float.tiff"), noise(8, 8).astype(np.float32))
-    with pytest.raises(UnreadableInput, match=r"float\.tiff holds float32 values; accepted: 8 or 16 bits"):
+    with pytest.raises(UnusableInput, match=r"float\.tiff holds float32 values; accepted: 8 or 16 bits"):
         read_picture(tmp_path / "float.tiff")
 
 
@@ -177,6 +177,41 @@ def test_a_folder_of_mixed_pictures_and_a_broken_one(tmp_path: Path) -> None:
         drawn = np.asarray(Image.open(out / "overlay" / f"{name}.jpg"))
         assert drawn.shape[1] == width
         assert drawn.shape[0] > height  # the legend is below
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    pictures = tmp_path / "in"
+    save(pictures / "a.png", noise(8, 8))
+    (pictures / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (pictures / "itself.png").symlink_to(pictures / "itself.png")
+    (pictures / "folder.png").mkdir()
+    for out, source in {"folder": pictures, "glob": pictures / "*.png"}.items():
+        gone, itself = run(source, tmp_path / out)
+        assert "gone.png cannot be read" in gone
+        assert "itself.png cannot be read" in itself
+        assert (tmp_path / out / "overlay" / "a.jpg").exists()
+    (problem,) = run(pictures / "gone.png", tmp_path / "alone")
+    assert "gone.png cannot be read" in problem
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not enough memory: you tried to\nallocate 9"), MemoryError()])
+def test_a_picture_that_is_too_large_is_named_and_the_others_are_written(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in {"a": (16, 16), "b": (80, 40), "c": (16, 16)}.items():
+        save(tmp_path / "in" / f"{name}.png", noise(*size))
+    whole = Segmenter.predict
+
+    def limited(self: Segmenter, rgb: np.ndarray) -> np.ndarray:
+        if rgb.size > 3 * 16 * 16:
+            raise error
+        return whole(self, rgb)
+
+    monkeypatch.setattr(Segmenter, "predict", limited)
+    (problem,) = run(tmp_path / "in", tmp_path / "out")
+    why = str(error).split("\n")[0] or "MemoryError"
+    assert problem == f"{tmp_path / 'in' / 'b.png'} cannot be segmented (80 x 40 pixels): {why}"
+    assert files(tmp_path / "out") == {"legend.png", "overlay/a.jpg", "overlay/c.jpg"}
 
 
 @pytest.mark.parametrize("classes", [CITYSCAPES, many_classes(171)], ids=["19", "171"])

@@ -171,7 +171,7 @@ def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"other\.pth: 0 of \d entries fit"):
             load_backbone(wide, save(content, tmp_path, "other.pth"))
     (tmp_path / "page.pth").write_text("<html>404</html>")
-    with pytest.raises(ValueError, match=r"page\.pth cannot be read as weights"):
+    with pytest.raises(ValueError, match=r"page\.pth cannot be read as tensors"):
         load_backbone(wide, tmp_path / "page.pth")
 
 

@@ -3,6 +3,7 @@
 import json
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,20 +209,39 @@ def test_tables_hold_every_class_of_every_column() -> None:
         "other": scores(19, 18, seed=1).to_dict(CITYSCAPES.names),
     }
     console = Console(file=(terminal := StringIO()), width=120)
-    console.print(report.score_table(columns))
+    console.print(report.score_table(columns, console.width))
     markdown = report.markdown_table(columns)
     for shown in (terminal.getvalue(), markdown):
         assert all(f"IoU {name} " in shown for name in (*CITYSCAPES.names, "flat", "vehicle"))
         for found in columns.values():
-            assert f"{found['miou']:.4f}" in shown
-            assert f"{found['classes']['road']['iou']:.4f}" in shown
+            assert f"{100 * found['miou']:.2f}" in shown
+            assert f"{100 * found['classes']['road']['iou']:.2f}" in shown
     lines = markdown.splitlines()
-    assert lines[0] == "| | ss | other |"
+    assert lines[0] == "| scores in % | ss | other |"
     assert {line.count("|") for line in lines} == {4}
-    assert f"| IoU motorcycle | - | {columns['other']['classes']['motorcycle']['iou']:.4f} |" in lines
+    assert f"| IoU motorcycle | - | {100 * columns['other']['classes']['motorcycle']['iou']:.2f} |" in lines
     assert "| IoU bicycle | - | - |" in lines
     assert "| images | 2 | 2 |" in lines
-    assert "| seconds | 1.5000 | - |" in lines
+    assert "| seconds | 1.5 | - |" in lines
+
+
+@pytest.mark.parametrize("width", [30, 80, 400])
+def test_a_table_that_is_too_wide_is_divided_and_no_digit_is_lost(width: int) -> None:
+    labels = ["ss", "half", "mscf", "mscf_older", "outputs_camvid_small_2026-01-31_12-00-00 mscf (best on val)"]
+    columns: dict[str, dict[str, Any]] = {
+        label: scores(19, 17, seed=i).to_dict(CITYSCAPES.names, CITYSCAPES.categories) | {"seconds": 98765.43 + i}
+        for i, label in enumerate(labels)
+    }
+    console = Console(file=(terminal := StringIO()), width=width)
+    console.print(report.score_table(columns, console.width))
+    shown = terminal.getvalue()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    for i, found in enumerate(columns.values()):
+        assert f" {98765.43 + i:.1f} " in shown
+        assert all(f" {100 * row['iou']:.2f} " in shown for row in found["classes"].values() if row["iou"] is not None)
+    if width > 30:
+        assert shown.count("frequency-weighted IoU") == (1 if width == 400 else 2)
 
 
 def test_json_is_written_once(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ class SplitFindings:
     """What the files of one split hold; problems leave a file out of the counts."""
 
     classes: ClassTable
+    pairs: int = 0
+    """Pictures with their labels that the split names, whether they are there or not."""
     problems: list[str] = field(default_factory=list)
     """One message for each missing, unreadable or wrong file, naming it."""
     images: list[Path] = field(default_factory=list)
@@ -74,7 +76,7 @@ class SplitFindings:
         mean, std = self.mean_and_std()
         per_class = zip(self.classes.names, self.pixels.tolist(), self.occurrences.tolist(), strict=False)
         return {
-            "pairs": len(self.images) + len(self.problems),
+            "pairs": self.pairs,
             "fit": len(self.images),
             "sizes": {f"{height}x{width}": n for (height, width), n in self.sizes.most_common()},
             "ignored_share": 1 - self.valid / max(int(self.pixels.sum()), 1),
@@ -106,8 +108,9 @@ def walk(data: DataConfig, classes: ClassTable, splits: Sequence[str], workers: 
         findings = found[split] = SplitFindings(classes)
         try:
             samples = list_samples(data, split)
+            findings.pairs = len(samples)
         except IncompleteSplit as error:
-            samples = error.samples
+            samples, findings.pairs = error.samples, error.pairs
             findings.problems += error.problems
         except (OSError, ValueError) as error:
             samples = []
@@ -128,6 +131,8 @@ def warnings(found: dict[str, SplitFindings], train_split: str) -> list[str]:
         if findings.unlabelled:
             count, first = len(findings.unlabelled), findings.unlabelled[0]
             told.append(f"{split}: {count} labels are ignored all over, the first of {first}")
+        if repeated := [image for image, times in Counter(findings.images).items() if times > 1]:
+            told.append(f"{split}: {len(repeated)} pictures are listed, and count, more than once: {repeated[0]} ...")
     for split, findings in found.items():
         trained = set(found[train_split].images) if train_split in found else set()
         if split != train_split and (shared := sorted(trained & set(findings.images))):

@@ -48,7 +48,7 @@ def list_cityscapes(root: Path, split: str) -> list[Sample]:
         else:
             samples.append(Sample(image, ids) if ids in present else Sample(image, train_ids, train_ids=True))
     if missing:
-        raise IncompleteSplit(missing, samples)
+        raise IncompleteSplit(missing, samples, len(samples) + len(missing))
     if not samples:
         raise ValueError(f"split {split!r} is empty: no <city>/<name>_leftImg8bit.png in {images}")
     return samples

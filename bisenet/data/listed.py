@@ -25,6 +25,7 @@ def list_file(root: Path, path: Path) -> list[Sample]:
         raise FileNotFoundError(f"list file {path} does not exist; {LISTED_HELP}")
     samples: list[Sample] = []
     missing: list[str] = []
+    pairs = 0
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -36,12 +37,13 @@ def list_file(root: Path, path: Path) -> list[Sample]:
         if len(fields) != 2 or not all(fields):
             raise ValueError(f"{path}:{number}: got {line!r}, accepted: image,label (two paths relative to {root})")
         sample = Sample(root / fields[0], root / fields[1])
+        pairs += 1
         absent = [file for file in (sample.image, sample.label) if file is not None and not file.is_file()]
         missing += [f"{path}:{number}: {file} does not exist; paths are relative to {root}" for file in absent]
         if not absent:
             samples.append(sample)
     if missing:
-        raise IncompleteSplit(missing, samples)
+        raise IncompleteSplit(missing, samples, pairs)
     if not samples:
         raise ValueError(f"list file {path} is empty, accepted: lines of image,label")
     return samples
@@ -73,5 +75,6 @@ def list_camvid(root: Path, split: str, list_name: str | None = None) -> list[Sa
     complete = [sample for sample in samples if sample.label.is_file()]
     if len(complete) < len(samples):
         absent = [sample for sample in samples if sample not in complete]
-        raise IncompleteSplit([f"image without label: {s.image} has no {s.label}" for s in absent], complete)
+        problems = [f"image without label: {s.image} has no {s.label}" for s in absent]
+        raise IncompleteSplit(problems, complete, len(samples))
     return samples

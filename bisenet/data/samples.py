@@ -35,13 +35,14 @@ class Sample:
 
 
 class IncompleteSplit(FileNotFoundError):
-    """Files of a split are missing: ``problems`` names each of them, ``samples`` is what is complete."""
+    """Files of a split are missing: ``problems`` names each of them, ``samples`` is what is complete of ``pairs``."""
 
-    def __init__(self, problems: list[str], samples: list[Sample]) -> None:
+    def __init__(self, problems: list[str], samples: list[Sample], pairs: int) -> None:
         more = f" (and {len(problems) - 1} more such; scripts/check_data.py names them all)" if problems[1:] else ""
         super().__init__(problems[0] + more)
         self.problems = problems
         self.samples = samples
+        self.pairs = pairs
 
 
 def read_sample(sample: Sample, table: ClassTable) -> tuple[np.ndarray, np.ndarray]:

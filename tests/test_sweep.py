@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from test_callbacks import read_wandb
 from test_config import composed
@@ -27,15 +31,20 @@ def fake(
     is ``scored`` beside them.
     """
     cfg = OmegaConf.create(
-        {"name": "fake", "seed": 0, "init_seed": "${seed}", "data_seed": "${seed}", "repeat": 1, "model": {"name": "x"},
-         "loss": {"aux_weight": 1.0}, "optimizer": {"groups": {}}}
+        {"name": "fake", "seed": 0, "init_seed": "${seed}", "data_seed": "${seed}", "repeat": 1,
+         "model": {"name": "x", "output_layers": ["head"]}, "loss": {"aux_weight": 1.0}, "optimizer": {"groups": {}},
+         "trainer": {"devices": 1, "num_nodes": 1}, "protocol": {name: {} for name in scores}}
     )  # fmt: skip
     said = dict(override.split("=", 1) for override in overrides)
     options = {key: value for key, value in said.items() if Path(config.conf_dir(), key).is_dir()}
     for key, value in said.items():
         if key not in options:
-            OmegaConf.update(cfg, key, int(value))
-    choices = {key: value for key, value in options.items() if key != "without"}  # Hydra records single choices only
+            OmegaConf.update(cfg, key, yaml.safe_load(value))
+    for trick in config.tricks_off(overrides):
+        if (file := Path(config.conf_dir(), "without", f"{trick}.yaml")).exists():
+            cfg.merge_with(OmegaConf.load(file))
+    choices = {"trainer": "default"} | options
+    choices.pop("without", None)  # Hydra records single choices only
     stored = {"config": cfg, "hydra": {"hydra": {"runtime": {"choices": choices}}}, "overrides": list(overrides)}
     (folder / ".hydra").mkdir(parents=True)
     for name, content in stored.items():
@@ -197,6 +206,37 @@ def test_a_damaged_result_costs_the_others_nothing(tmp_path: Path) -> None:
     assert set(missing) == {"seed=2", "seed=3"}
 
 
+def test_a_run_whose_record_is_incomplete_is_named(tmp_path: Path) -> None:
+    """Hydra was killed while it wrote, or the disk was full."""
+    hydra = [fake(tmp_path / f"seed={seed}", f"seed={seed}", ss=70.0) / ".hydra" for seed in range(1, 6)]
+    (hydra[1] / "overrides.yaml").unlink()
+    (hydra[2] / "config.yaml").write_text("name: x\nmodel:\n  na")
+    (hydra[3] / "config.yaml").write_text("name: x\nmodel: {na")
+    (hydra[4] / "hydra.yaml").write_text("")
+    runs, missing = sweep.read_runs([str(tmp_path)])
+    assert [run.name for run in runs] == ["seed=1"]
+    assert set(missing) == {f"seed={seed}" for seed in (2, 3, 4, 5)}
+    assert all(reason.startswith("its .hydra is incomplete or damaged (") for reason in missing.values())
+
+
+def test_what_ends_up_the_same_makes_no_groups(tmp_path: Path) -> None:
+    """A logger, and defaults that are said."""
+    said = ["logger=wandb", "trainer=default", "loss.aux_weight=1.0", "logger.wandb.mode=online"]
+    for seed, override in enumerate(said):
+        fake(tmp_path / str(seed), f"seed={seed}", override, ss=70.0 + seed, mscf=72.0)
+    runs, _ = sweep.read_runs([str(tmp_path)])
+    assert list(comparison.compare(runs)["protocols"]["ss"]["groups"]) == ["all runs"]
+    by_protocol, _ = sweep.read_runs([str(tmp_path)], by=["protocol"])
+    assert {run.arm["protocol"] for run in by_protocol} == {"ss+mscf"}
+
+
+def test_overrides_that_are_no_single_value_group_as_they_were_said(tmp_path: Path) -> None:
+    for seed, width in enumerate((64, 128)):
+        fake(tmp_path / str(seed), f"model.network={{width: {width}}}", ss=70.0)
+    runs, _ = sweep.read_runs([str(tmp_path)])
+    assert [run.arm for run in runs] == [{"model.network": f"{{width: {width}}}"} for width in (64, 128)]
+
+
 def test_verdicts_are_honest() -> None:
     def verdict(**groups: list[float]) -> list[str]:
         return [entry["verdict"] for entry in comparison.compare([], values=groups)["protocols"]["ss"]["comparisons"]]
@@ -289,6 +329,20 @@ def test_tricks_are_ranked_by_what_they_are_worth(tmp_path: Path) -> None:
     assert "What each trick is worth, ss" in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.parametrize("recipe", ["optimizer.output_lr_multiplier=1.0", "model.output_layers=[]"])
+def test_tricks_that_a_recipe_does_not_have_are_named_and_not_ranked(recipe: str, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for arm in ("", "output_lr", "flip"):
+            fake(tmp_path / f"{arm},{seed}", f"without=[{arm}]", f"seed={seed}", recipe, ss=70.0 + seed)
+    runs, _ = sweep.read_runs([str(tmp_path)])
+    note = "output_lr: not in this recipe (same configuration), not compared: full recipe and without output_lr"
+    for baseline in (None, "full recipe"):
+        summary = comparison.compare(runs, baseline=baseline)
+        found = summary["protocols"]["ss"]["comparisons"]
+        assert [{entry["first"], entry["second"]} for entry in found] == [{"full recipe", "without flip"}]
+        assert summary["notes"] == [note]
+
+
 def test_no_tricks_are_none_of_all_there_are(tmp_path: Path) -> None:
     """Whatever other arms are compared, and in whatever order they name what they go without."""
     for seed in (1, 2):
@@ -341,6 +395,7 @@ def test_published_scores_go_through_the_command(tmp_path: Path) -> None:
     [
         ("difference=0.5", "runs: got None"),
         ("values={a: [0.74, 0.73]}", "values.a: got [0.74, 0.73]"),
+        ("values={a: [0.7, 71]}", "values.a: got [0.7, 71], accepted: a list of scores in percent, none in (0, 1)"),
         ("values={a: []}", "values.a: got []"),
         ("values=[1]", "values: got [1]"),
         ("runs=[1]", "runs: got [1]"),
@@ -403,6 +458,84 @@ def test_every_trick_is_switched_off_and_the_ablation_has_all_of_them() -> None:
     arms = [frozenset(arm.split(",")) - {""} for arm in re.findall(r"\[([^]]*)\]", re.sub(r"\s", "", params.without))]
     one_out, one_in = [{trick} for trick in tricks], [tricks - {trick} for trick in tricks]
     assert sorted(map(sorted, arms)) == sorted(map(sorted, [set(), *one_out, *one_in, tricks]))
+
+
+def begin(*overrides: str) -> list[str]:
+    """What happens before the jobs of a multirun, in the working directory; the jobs that it has planned."""
+    config.register()
+    with initialize_config_dir(config.conf_dir(), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        folder = sweep._begin(loader.load_configuration("train", list(overrides), run_mode=RunMode.MULTIRUN))
+    return list(OmegaConf.load(folder / "sweep.yaml").jobs)
+
+
+def test_seeds_can_be_added_to_any_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "outputs" / "sweeps" / "x"
+    assert begin("seed=1", "sweep.name=x") == ["seed=1"]
+    (folder / "seed=1").mkdir()
+    (folder / "seed=1" / "provenance.json").touch()  # it has begun
+    assert begin("seed=1,2,3", "sweep.name=x") == ["seed=1", "seed=2", "seed=3"]
+    for seed in (2, 3):
+        (folder / f"seed={seed}").mkdir()
+    assert begin("seed=4", "sweep.name=x") == ["seed=1", "seed=2", "seed=3", "seed=4"]
+    assert begin("seed=1", "repeat=2", "sweep.name=x")[3:] == ["repeat=1,seed=1", "repeat=2,seed=1"]
+    with pytest.raises(ValueError, match=r"loss\.aux_weight: 1\.0 there, 0\.5 now"):
+        begin("seed=1", "loss.aux_weight=0.5", "sweep.name=x")
+    with pytest.raises(ValueError, match="repeat: got 0, accepted: an integer of at least 1"):
+        begin("repeat=0", "sweep.name=x")
+
+
+def test_jobs_that_never_were_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped extension, which Hydra refuses after it was planned; and names with a plus."""
+    monkeypatch.chdir(tmp_path)
+    assert begin("seed=1,2", "sweep.name=x") == ["seed=1", "seed=2"]
+    for seed in (1, 2):
+        (tmp_path / "outputs" / "sweeps" / "x" / f"seed={seed}").mkdir()
+        (tmp_path / "outputs" / "sweeps" / "x" / f"seed={seed}" / "provenance.json").touch()
+    assert "model=bisenetv9,seed=1" in begin("seed=1,2", "model=bisenetv2,bisenetv9", "sweep.name=x")
+    assert begin("seed=1,2", "sweep.name=x") == ["seed=1", "seed=2"]
+    assert begin("+model.network.dropout=0.1,0.2", "sweep.name=plus") == [
+        "+model.network.dropout=0.1", "+model.network.dropout=0.2"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "trick", "named"),
+    [
+        ("scheduler.warmup_steps=50", "warmup", "scheduler.warmup_steps=50 on the command line wins over 0"),
+        ("augment.scale=[0.5,1.5]", "scale", "augment.scale=[0.5, 1.5] on the command line"),
+        ("loss.aux_weight=0.5", "aux_heads", "loss.aux_weight=0.5 on the command line"),
+        ("loss.min_kept=0.1", "ohem", "loss.min_kept=0.1 on the command line wins over None"),
+    ],
+)
+def test_an_ablation_is_refused_where_the_command_line_turns_a_trick_on(
+    override: str, trick: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"without: {trick} is still on: {named}")):
+        begin(f"without=[],[{trick}]", override)
+    assert not (tmp_path / "outputs").exists()  # before anything is planned
+
+
+def test_an_experiment_of_ones_own_changes_the_arms_that_have_the_trick(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "short.yaml").write_text(
+        "# @package _global_\nscheduler: {warmup_steps: 50}\nloss: {min_kept: 0.1}\n"
+    )
+    said = [f"hydra.searchpath=[{tmp_path}]", "experiment=[camvid_small,short]"]
+    full, warmup, ohem = (composed(*said, f"without=[{arm}]") for arm in ("", "warmup", "ohem"))
+    assert [cfg.scheduler.warmup_steps for cfg in (full, warmup, ohem)] == [50, 0, 50]
+    assert [cfg.loss.min_kept for cfg in (full, warmup, ohem)] == [0.1, 0.1, None]
+    assert composed("debug=fast", "without=[warmup]").scheduler.warmup_steps == 0  # nor does debugging turn it on
+
+
+def test_arms_that_are_the_same_are_named_before_they_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    begin("experiment=demo", "without=[],[output_lr],[flip]", "seed=1,2")
+    assert [record.getMessage() for record in caplog.records] == [
+        "without=[output_lr] is the same configuration as without=[], and will not be compared with it"]  # fmt: skip
 
 
 def multirun(cwd: Path, *overrides: str, **environment: str) -> Any:

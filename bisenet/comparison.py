@@ -4,8 +4,7 @@
 differences percentage points.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -16,10 +15,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from bisenet import report, statistics
+from bisenet import config, report, statistics
 from bisenet.statistics import ALPHA, CONFIDENCE, POWER, Interval
 
 _TRICKS = "without"  # the option group that switches tricks off
+_NOT_COUNTED = frozenset({"sync_bn"})  # among them: it acts on several GPUs only, and no recipe is "no tricks" by it
+_PIPE_WIDTH = 200  # columns of tables that go to a file or another program
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Run:
     """What ``results.json`` holds."""
     beside: dict[str, str] = field(default_factory=dict)
     """Key -> value of what differs between the runs and does not group them."""
+    trained: frozenset[tuple[str, str]] | None = None
+    """All keys and values that the training depends on, but for seeds; None: unknown."""
 
     @property
     def unit(self) -> Any:
@@ -52,8 +55,8 @@ class _Group:
     scores: dict[str, float] = field(default_factory=dict)
     by_seed: dict[Any, list[float]] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
-    population: Any = None
-    """What was scored, as :func:`_population` says; None for published scores."""
+    population: dict[str, Any] = field(default_factory=dict)
+    """What was scored, as :func:`_population` says; empty for published scores."""
 
     def add(self, name: str, score: float, unit: Any, run: Run | None = None) -> None:
         self.scores[name] = score
@@ -64,6 +67,11 @@ class _Group:
     def values(self) -> list[float]:
         """One score for each seed; repetitions of a seed are no further evidence and are averaged."""
         return [float(np.mean(scores)) for scores in self.by_seed.values()]
+
+    @property
+    def independent(self) -> int:
+        """As how many independent scores :attr:`values` count."""
+        return _independent(self.by_seed) if self.runs else len(self.by_seed)
 
 
 def compare(
@@ -86,7 +94,8 @@ def compare(
         values_protocol: protocol of the published scores.
         metric: key of a protocol's scores in ``results.json``; with dots into what it holds.
         baseline: group that the others are compared with; None: all pairs, or for ablations of tricks all pairs that
-            differ in a single trick. Never groups that were scored on different images or classes.
+            differ in a single trick. Never groups that were scored on different splits, images or classes or by
+            different definitions of a protocol, nor arms whose tricks are not in their recipe.
         difference: for which the seeds needed are stated.
         resamples: bootstrap samples of the images.
 
@@ -96,9 +105,8 @@ def compare(
     Raises:
         ValueError: runs that cannot be compared, or an unknown metric or baseline.
     """
-    split = _common_split(runs)
     missing = dict(missing or {})
-    tricks = frozenset().union(*(_without(run.arm) for run in runs))
+    every = _every_trick(runs)
     protocols: dict[str, dict[str, _Group]] = {}
     for run in runs:
         for protocol, scores in run.results["protocols"].items():
@@ -106,14 +114,14 @@ def compare(
             if score is None:
                 missing[f"{run.name}, {protocol}"] = f"{metric} is not defined"
                 continue
-            population = _population(scores)
+            population = _population(run, protocol)
             group = protocols.setdefault(protocol, {}).setdefault(
-                label := _label(run.arm, tricks), _Group(run.arm, population=population)
+                label := _label(run.arm, every), _Group(run.arm, population=population)
             )
-            if group.population != population:
+            if apart := _apart(group.population, population):
                 raise ValueError(
-                    f"runs: {run.name} and {group.runs[0].name} of the group {label!r} were scored on other images or "
-                    "classes; accepted: runs of one data set in a group, as with by=data"
+                    f"runs: {group.runs[0].name} and {run.name} of the group {label!r} were scored {apart} "
+                    f"under {protocol}; accepted: runs of one data set and one definition in a group, as with by=data"
                 )
             group.add(run.name, 100 * score, run.unit, run)
     for name, published in (values or {}).items():
@@ -123,14 +131,16 @@ def compare(
         for seed, score in enumerate(published, 1):
             groups.setdefault(name, _Group({"values": name})).add(str(seed), float(score), seed)
 
+    protocols = {protocol: _in_order(groups) for protocol, groups in protocols.items()}
     known = list(dict.fromkeys(name for groups in protocols.values() for name in groups))
     if baseline is not None and baseline not in known:
         raise ValueError(f"baseline: got {baseline!r}, accepted: {', '.join(known)}")
-    counts = _Counts(split, enabled=metric == "miou", resamples=resamples)
+    splits = {run.results["split"] for run in runs}
+    counts = _Counts(enabled=metric == "miou", resamples=resamples)
     notes = dict.fromkeys(note for groups in protocols.values() for note in _cautions(groups))
     return {
         "metric": metric,
-        "split": split,
+        "split": splits.pop() if len(splits) == 1 else None,
         "confidence": CONFIDENCE,
         "difference": difference,
         "missing": missing,
@@ -138,7 +148,7 @@ def compare(
         "protocols": {
             protocol: {
                 "groups": {name: _describe(group) for name, group in groups.items()},
-                "comparisons": _comparisons(groups, baseline, difference, counts.between_groups(protocol)),
+                "comparisons": _comparisons(groups, baseline, every, difference, counts.between_groups(protocol)),
             }
             for protocol, groups in protocols.items()
         },
@@ -146,28 +156,20 @@ def compare(
     }
 
 
-def _common_split(runs: Sequence[Run]) -> str | None:
-    """The split that all runs report; their protocols of the same name must be the same, too."""
-    splits: dict[str, str] = {}
-    for run in runs:
-        splits.setdefault(run.results["split"], run.name)
-    if len(splits) > 1:
-        named = ", ".join(f"{split} ({name})" for split, name in splits.items())
-        raise ValueError(f"runs: got scores on several splits, accepted: one; {named}")
-    definitions: dict[str, tuple[str, Any]] = {}
-    for run in runs:
-        for protocol, scores in run.results["protocols"].items():
-            first, definition = definitions.setdefault(protocol, (run.name, scores.get("definition")))
-            if definition != scores.get("definition"):
-                raise ValueError(
-                    f"protocol {protocol}: {first} and {run.name} define it differently; evaluate one again"
-                )
-    return next(iter(splits), None)
+def _population(run: Run, protocol: str) -> dict[str, Any]:
+    """What was scored, and how; by what a difference is called."""
+    scores = run.results["protocols"][protocol]
+    pixels = {name: entry.get("pixels") for name, entry in scores["classes"].items()}
+    return {
+        "on other splits": run.results["split"],
+        "by other definitions": scores.get("definition"),
+        "on other images or classes": (scores.get("n_images"), pixels),
+    }
 
 
-def _population(scores: Mapping[str, Any]) -> Any:
-    """Tells apart what was scored: number of images, and pixels of each class."""
-    return scores.get("n_images"), {name: entry.get("pixels") for name, entry in scores["classes"].items()}
+def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """How two populations differ; empty where they are comparable."""
+    return next((name for name in first if name in second and first[name] != second[name]), "")
 
 
 def _cautions(groups: Mapping[str, _Group]) -> Iterator[str]:
@@ -177,17 +179,43 @@ def _cautions(groups: Mapping[str, _Group]) -> Iterator[str]:
             values = sorted({run.beside[key] for run in group.runs})
             if len(values) > 1:
                 yield f"{name}: its runs also differ in {key} ({', '.join(values)}): their spread is not of seeds alone"
+        if group.independent < len(group.by_seed):
+            yield (
+                f"{name}: its {len(group.by_seed)} pairs of init_seed and data_seed share seeds and count as "
+                f"{group.independent} (n), which errs on the safe side"
+            )
     for first, second in combinations(groups, 2):
-        if not _comparable(groups[first], groups[second]):
-            yield f"{first} and {second} are not compared: they were scored on other images or classes"
+        if apart := _apart(groups[first].population, groups[second].population):
+            yield f"{first} and {second} are not compared: they were scored {apart}"
+        if _same_training(groups[first], groups[second]):
+            tricks = sorted(_without(groups[first].arm) ^ _without(groups[second].arm))
+            yield f"{'+'.join(tricks)}: not in this recipe (same configuration), not compared: {first} and {second}"
 
 
-def _comparable(first: _Group, second: _Group) -> bool:
-    return None in (first.population, second.population) or first.population == second.population
+def _same_training(first: _Group, second: _Group) -> bool:
+    """Whether two arms that go without different tricks are one configuration: their recipe does not have these."""
+    trained = [{run.trained for run in group.runs} for group in (first, second)]
+    known = all(trained) and None not in trained[0] | trained[1]
+    return known and _TRICKS in first.arm and _TRICKS in second.arm and trained[0] == trained[1]
+
+
+def _independent(units: Collection[Any]) -> int:
+    """Number of independent scores among those of some :attr:`Run.unit`.
+
+    Where the seeds of initialisation and of data are varied apart and combined, scores that share one of them are no
+    independent draws. The number of values of that which has fewer of them is a safe count.
+    """
+    levels = [{(seeds[source], *beside) for seeds, *beside in units} for source in (0, 1)]
+    varied = [
+        len(found) for source, found in enumerate(levels) if len({seeds[source] for seeds, *_ in units}) > 1
+    ]  # fmt: skip
+    return min([len(units), *varied])
 
 
 def _select(scores: Any, metric: str, where: str) -> float | None:
     for key in metric.split("."):
+        if key == "definition":
+            raise ValueError(f"metric: got {metric!r}, accepted: the key of a score, not of the protocol's definition")
         if not isinstance(scores, dict) or key not in scores:
             raise ValueError(f"metric: got {metric!r}, which {where} does not have")
         scores = scores[key]
@@ -196,29 +224,41 @@ def _select(scores: Any, metric: str, where: str) -> float | None:
     return scores
 
 
-def _label(arm: Mapping[str, str], tricks: frozenset[str]) -> str:
-    """Name of a group; ``tricks`` are all that any of the runs goes without."""
+def _every_trick(runs: Sequence[Run]) -> frozenset[str]:
+    """The training tricks there are: the options, and what else any of the runs goes without."""
+    options = (file.stem for file in Path(config.conf_dir(), _TRICKS).glob("*.yaml"))
+    return frozenset(options).union(*(_without(run.arm) for run in runs)) - _NOT_COUNTED
+
+
+def _label(arm: Mapping[str, str], every: frozenset[str]) -> str:
+    """Name of a group; ``every`` trick there is."""
     named = dict(arm)
     if _TRICKS in arm:
         without = _without(arm)
-        only = tricks - without
+        only = every - without
         named[_TRICKS] = (
             "full recipe" if not without
-            else f"without {next(iter(without))}" if len(without) == 1
-            else "no tricks" if not only
-            else f"only {next(iter(only))}" if len(only) == 1
-            else f"without {arm[_TRICKS]}"
+            else "no tricks" if without == every
+            else f"only {next(iter(only))}" if len(only) == 1 and without < every
+            else f"without {'+'.join(sorted(without))}"
         )  # fmt: skip
     if len(named) == 1:
         return next(iter(named.values()))
     return ", ".join(value if key == _TRICKS else f"{key}={value}" for key, value in named.items()) or "all runs"
 
 
+def _in_order(groups: Mapping[str, _Group]) -> dict[str, _Group]:
+    """As they came, but arms of tricks from the full recipe to none."""
+    rests = [_rest(group.arm) for group in groups.values()]
+    order = {name: (rests.index(_rest(group.arm)), len(_without(group.arm))) for name, group in groups.items()}
+    return dict(sorted(groups.items(), key=lambda item: order[item[0]]))
+
+
 def _describe(group: _Group) -> dict[str, Any]:
     variance = statistics.split_variance(list(group.by_seed.values()))
     return {
         "runs": group.scores,
-        **asdict(statistics.summarize(group.values)),
+        **asdict(statistics.summarize(group.values, group.independent)),
         "variance": None if variance is None else asdict(variance),
     }
 
@@ -229,24 +269,26 @@ def _describe(group: _Group) -> dict[str, Any]:
 def _comparisons(
     groups: Mapping[str, _Group],
     baseline: str | None,
+    every: frozenset[str],
     needed_for: float,
     over_images: "Callable[[_Group, _Group], Interval | None]",
 ) -> list[dict[str, Any]]:
     found = []
-    for first, second, trick in _pairs(groups, baseline):
-        if not _comparable(groups[first], groups[second]):
+    for first, second, trick in _pairs(groups, baseline, every):
+        one, other = groups[first], groups[second]
+        if _apart(one.population, other.population) or _same_training(one, other):
             continue
-        a, b = groups[first].values, groups[second].values
-        entry = {"first": first, "second": second, **trick, "n": [len(a), len(b)]}
-        if min(len(a), len(b)) > 1:
-            test = statistics.welch(a, b)
-            spread = statistics.pooled_sd(*(float(np.std(values, ddof=1)) for values in (a, b)))
-            entry |= _interval(test.difference) | {"p": test.p, "effect_size": _finite(test.effect_size)}
-            entry |= {"seeds_needed": statistics.seeds_needed(needed_for, spread)}
+        a, b, n = one.values, other.values, (one.independent, other.independent)
+        entry = {"first": first, "second": second, **trick, "n": list(n)}
+        test = statistics.welch(a, b, n) if min(n) > 1 else None
+        if test is not None:
+            sds = float(np.std(a, ddof=1)), float(np.std(b, ddof=1))
+            entry |= _interval(test.difference) | {"p": test.p, "effect_size": test.effect_size}
+            entry |= {"seeds_needed": statistics.seeds_needed(needed_for, sds)}
         else:
             entry |= {"difference": float(np.mean(a) - np.mean(b)), "low": None, "high": None, "p": None}
             entry |= {"effect_size": None, "seeds_needed": None}
-        images = over_images(groups[first], groups[second])
+        images = over_images(one, other)
         found.append(entry | {"images": None if images is None else _interval(images)})
     tests = _correct(found)
     for entry in found:
@@ -256,13 +298,14 @@ def _comparisons(
     return found
 
 
-def _pairs(groups: Mapping[str, _Group], baseline: str | None) -> Iterator[tuple[str, str, dict[str, str]]]:
+def _pairs(
+    groups: Mapping[str, _Group], baseline: str | None, every: frozenset[str]
+) -> Iterator[tuple[str, str, dict[str, str]]]:
     """Names of two groups, and what the pair says about a trick: the first group has it."""
     if baseline is not None:
         yield from ((name, baseline, {}) for name in groups if name != baseline and baseline in groups)
         return
     without = {name: _without(group.arm) for name, group in groups.items() if _TRICKS in group.arm}
-    every = frozenset().union(*without.values())
     for first, second in combinations(groups, 2):
         if first not in without or second not in without:
             yield first, second, {}
@@ -312,13 +355,13 @@ def _gains(protocols: Mapping[str, Mapping[str, _Group]], counts: "_Counts") -> 
             by_seed: dict[Any, list[float]] = {}
             for run in shared:
                 by_seed.setdefault(run.unit, []).append(group.scores[run.name] - base.scores[run.name])
-            values = [float(np.mean(gains)) for gains in by_seed.values()]
-            entry = {"group": name, "first": protocol, "second": first, "n": len(values)}
-            if len(values) > 1:
-                interval, p = statistics.paired(values)
-                entry |= _interval(interval) | {"p": p}
+            values, n = [float(np.mean(gains)) for gains in by_seed.values()], _independent(by_seed)
+            entry = {"group": name, "first": protocol, "second": first, "n": n}
+            test = statistics.paired(values, n) if n > 1 else None
+            if test is not None:
+                entry |= _interval(test[0]) | {"p": test[1]}
             else:
-                entry |= {"difference": values[0], "low": None, "high": None, "p": None}
+                entry |= {"difference": float(np.mean(values)), "low": None, "high": None, "p": None}
             images = counts.interval([(run, protocol) for run in shared], [(run, first) for run in shared])
             yield entry | {"images": None if images is None else _interval(images)}
 
@@ -326,8 +369,8 @@ def _gains(protocols: Mapping[str, Mapping[str, _Group]], counts: "_Counts") -> 
 class _Counts:
     """Per-image counts of the runs, read once each."""
 
-    def __init__(self, split: str | None, enabled: bool, resamples: int) -> None:
-        self.split, self.enabled, self.resamples = split, enabled, resamples
+    def __init__(self, enabled: bool, resamples: int) -> None:
+        self.enabled, self.resamples = enabled, resamples
         self._read: dict[Path, tuple[NDArray[np.int64], NDArray[np.int64]] | None] = {}
 
     def between_groups(self, protocol: str) -> "Callable[[_Group, _Group], Interval | None]":
@@ -348,7 +391,7 @@ class _Counts:
         return Interval(100 * found.estimate, 100 * found.low, 100 * found.high)
 
     def _of(self, run: Run, protocol: str) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-        file = run.folder / f"counts_{self.split}_{protocol}.npz"
+        file = run.folder / f"counts_{run.results['split']}_{protocol}.npz"
         if file not in self._read:
             self._read[file] = None
             if file.exists():
@@ -361,15 +404,14 @@ def _interval(interval: Interval) -> dict[str, float]:
     return {"difference": interval.estimate, "low": interval.low, "high": interval.high}
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _verdict(entry: Mapping[str, Any], needed_for: float, tests: int) -> str:
     """In plain words."""
     first, second, low, high = (entry[key] for key in ("first", "second", "low", "high"))
     if low is None:
-        words = f"{first} and {second}: nothing can be said about seeds with one run of either"
+        words = f"{first} and {second}: " + (
+            "nothing can be said about seeds with one run of either" if min(entry["n"]) < 2
+            else "no spread in a group: nothing to test against"
+        )  # fmt: skip
     elif entry["p_holm"] < ALPHA:
         better, worse = (first, second) if entry["difference"] > 0 else (second, first)
         corrected = f", corrected for {tests} comparisons" if tests > 1 else ""
@@ -405,11 +447,13 @@ class Section:
 def show(summary: Mapping[str, Any]) -> None:
     """Print the tables."""
     console = Console()
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
     for section in sections(summary):
         if section.rows:
             table = Table(title=section.title, title_justify="left")
             for number, column in enumerate(section.columns):
-                table.add_column(column, justify="left" if number == 0 else "right")
+                table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
             for row in section.rows:
                 table.add_row(*row)
             console.print(table)
@@ -454,7 +498,7 @@ def sections(summary: Mapping[str, Any]) -> Iterator[Section]:
              _number(g["resolvable"])]
             for name, g in groups.items()
         ]  # fmt: skip
-        notes = [note for name, group in groups.items() for note in _variance(name, group["variance"])]
+        notes = [note for name, group in groups.items() for note in _variance(name, group)]
         yield Section(f"Groups, {protocol}", columns, rows, notes)
         yield from _differences(protocol, content["comparisons"], summary["difference"])
     if within := summary["within_runs"]:
@@ -492,13 +536,14 @@ def _missing(missing: Mapping[str, str]) -> list[str]:
     return [f"missing: {name}: {reason}" for name, reason in missing.items()]
 
 
-def _variance(name: str, variance: Mapping[str, float] | None) -> list[str]:
-    if variance is None:
+def _variance(name: str, group: Mapping[str, Any]) -> list[str]:
+    if (variance := group["variance"]) is None:
         return []
-    seed, repeat = variance["seed_sd"], variance["repeat_sd"]
-    return [
-        f"{name}: sd of seeds {seed:.3f}, of repetitions of a seed {repeat:.3f} (seeds matter: p = {variance['p']:.2g})"
-    ]
+    seed, repeat, p = variance["seed_sd"], variance["repeat_sd"], variance["p"]
+    if seed is None:
+        return [f"{name}: sd of repetitions of a seed {repeat:.3f} ({len(group['runs'])} runs of one seed)"]
+    matter = "repetitions agree" if p is None else f"seeds matter: p = {p:.2g}"
+    return [f"{name}: sd of seeds {seed:.3f}, of repetitions of a seed {repeat:.3f} ({matter})"]
 
 
 def _number(value: float | None) -> str:

@@ -28,6 +28,7 @@ import hydra.utils
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, SCMode
@@ -677,8 +678,8 @@ class CompareConfig:
         _require(ok, "values", self.values, "null or {name: [scores in percent]}")
         for name, values in (self.values or {}).items():
             ok = isinstance(values, list) and len(values) > 0 and all(type(value) in (int, float) for value in values)
-            ok = ok and all(0 <= value <= 100 for value in values) and max(values) > 1  # not fractions
-            _require(ok, f"values.{name}", values, "a list of scores in percent")
+            ok = ok and all(value == 0 or 1 <= value <= 100 for value in values) and max(values) > 1  # not fractions
+            _require(ok, f"values.{name}", values, "a list of scores in percent, none in (0, 1)")
         _require(0 < self.difference < 100, "difference", self.difference, "percentage points in (0, 100)")
         _require(self.resamples >= 100, "resamples", self.resamples, "an integer of at least 100")
 
@@ -836,16 +837,55 @@ def _changes(preset: ProtocolConfig, protocol: ProtocolConfig) -> dict[str, str]
 
 
 def _preset(name: str) -> ProtocolConfig | None:
-    """What the file ``protocol/<name>.yaml`` says, in ``conf/`` or where else Hydra is told to look."""
+    """What the file ``protocol/<name>.yaml`` says."""
+    for content in _written("protocol", name):
+        written = OmegaConf.select(content, name)
+        if written is not None:
+            return typed(OmegaConf.merge(OmegaConf.structured(ProtocolConfig), written))
+    return None
+
+
+def _written(group: str, option: str) -> Iterator[Any]:
+    """What files of an option say, in ``conf/`` or where else Hydra is told to look."""
     folders = [conf_dir()]
     if HydraConfig.initialized():
         folders += [source.path for source in HydraConfig.get().runtime.config_sources if source.schema == "file"]
     for folder in folders:
-        file = Path(folder, "protocol", f"{name}.yaml")
-        written = OmegaConf.select(OmegaConf.load(file), name) if file.is_file() else None
-        if written is not None:
-            return typed(OmegaConf.merge(OmegaConf.structured(ProtocolConfig), written))
-    return None
+        file = Path(folder, group, f"{option}.yaml")
+        if file.is_file():
+            yield OmegaConf.load(file)
+
+
+def tricks_off(overrides: Sequence[str]) -> list[str]:
+    """The tricks that ``without=`` among overrides switches off."""
+    said = [override for override in overrides if override.startswith("without=")]
+    value: Any = OverridesParser.create().parse_override(said[-1]).value() if said else None
+    return [str(trick) for trick in (value if isinstance(value, list) else filter(None, [value]))]
+
+
+def require_off(cfg: DictConfig, tricks: Sequence[str]) -> None:
+    """Raise a ValueError if a trick is on in a configuration that was composed without it.
+
+    Hydra lets the command line win over any option. A trick is off if everything is as ``without/<trick>.yaml`` says.
+    """
+    for trick in tricks:
+        for off in _written("without", trick):
+            for path, value in leaves({k: v for k, v in plain(off).items() if k != "defaults"}):
+                if (found := OmegaConf.select(cfg, path)) != value:
+                    raise ValueError(
+                        f"without: {trick} is still on: {path}={found} on the command line wins over {value}; "
+                        f"accepted: no such override, or {path}={found} in an experiment file of your own, which "
+                        f"without={trick} wins over (README, Ablations)"
+                    )
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Full key and value of everything in a plain container that holds nothing further."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from leaves(value, _join(path, key))
+    else:
+        yield path, node
 
 
 def _validation_miou(*, _root_: DictConfig) -> str:
@@ -886,8 +926,15 @@ OmegaConf.register_new_resolver("run_tags", _run_tags, replace=True)
 def check(cfg: DictConfig) -> None:
     """Raise a ValueError that names the full key, the offending value and what is accepted, if anything is wrong.
 
-    Sees what Hydra's composition lets through: keys added with ``+key=``, missing values, impossible values.
+    Sees what Hydra's composition lets through: keys added with ``+key=``, missing values, impossible values, and tricks
+    that are on in spite of ``without=``.
     """
+    if HydraConfig.initialized():
+        require_off(cfg, tricks_off(overrides()))
+    _check_nodes(cfg)
+
+
+def _check_nodes(cfg: DictConfig) -> None:
     for path, node in _typed_nodes(cfg):
         known = [f.name for f in fields(_schema(node))]
         for key in node:
@@ -990,7 +1037,7 @@ def restore(saved: dict[str, Any]) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ValueError(f"this configuration does not fit this version of bisenet: {error}") from error
     assert isinstance(cfg, DictConfig)
-    check(cfg)
+    _check_nodes(cfg)
     return cfg
 
 

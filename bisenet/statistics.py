@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 CONFIDENCE = 0.95
 ALPHA = 0.05
 POWER = 0.8
+_ROUNDING = 1e-9  # a spread that is a smaller part of the scores than this is none
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Summary:
     """A group of scores. What one score cannot tell (spread, interval, resolution) is None."""
 
     n: int
+    """Of the independent ones."""
     mean: float
     sd: float | None
     """Standard deviation over the seeds, with n - 1."""
@@ -43,7 +45,7 @@ class Summary:
     min: float
     max: float
     resolvable: float | None
-    """Smallest true difference between two such groups that Welch's test would find with a power of 80 %."""
+    """Smallest true difference of two groups with this n and spread that Welch's test finds with a power of 80 %."""
 
 
 @dataclass(frozen=True)
@@ -55,62 +57,80 @@ class Difference:
     p: float
     """Of Welch's test, not corrected for other tests."""
     effect_size: float
-    """Hedges' g: the difference in standard deviations, without the bias of small groups; infinite without a spread."""
+    """Hedges' g: the difference in standard deviations (root mean of both variances), without the bias of small groups,
+    for groups of unequal spread and size."""
 
 
 @dataclass(frozen=True)
 class VarianceSplit:
     """Spread between seeds and spread between repetitions of the same seed, as standard deviations."""
 
-    seed_sd: float
-    """Component of the seeds alone; 0 where repetitions explain all of the spread."""
+    seed_sd: float | None
+    """Component of the seeds alone; 0 where repetitions explain all of the spread, None with a single seed."""
     repeat_sd: float
     """Of repetitions with the same seed: what is not deterministic."""
-    p: float
-    """Of the hypothesis that seeds add nothing to what repetitions vary (F test)."""
+    p: float | None
+    """Of the hypothesis that seeds add nothing to what repetitions vary (F test); None with a single seed, or where
+    repetitions do not vary."""
 
 
-def summarize(values: ArrayLike) -> Summary:
+def summarize(values: ArrayLike, independent: int | None = None) -> Summary:
     """Mean, spread, 95 % interval, extremes and resolution of one group.
 
     Args:
         values: at least one finite score.
+        independent: as how many independent scores they count, where they share something that varies; None: all.
+            With 3 x 3 crossed seeds it is 3, which errs on the safe side.
     """
     scores = _scores("values", values, at_least=1)
-    n, mean = len(scores), float(scores.mean())
+    n, mean = independent or len(scores), float(scores.mean())
     if n == 1:
         return Summary(1, mean, None, None, None, mean, mean, None)
-    sd = float(scores.std(ddof=1))
+    sd = _sd(scores)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / n**0.5
     return Summary(n, mean, sd, mean - half, mean + half, float(scores.min()), float(scores.max()), resolvable(n, sd))
 
 
-def welch(first: ArrayLike, second: ArrayLike) -> Difference:
+def welch(first: ArrayLike, second: ArrayLike, independent: tuple[int, int] | None = None) -> Difference | None:
     """Compare the means of two groups of at least two scores, which may differ in spread and size.
 
-    Two groups without any spread differ for certain or not at all: the interval is a point and p is 0 or 1.
+    Args:
+        first: scores.
+        second: scores.
+        independent: of each group, as for :func:`summarize`.
+
+    Returns:
+        None where neither has a spread: there is nothing to test against.
     """
     a, b = (_scores(name, v, at_least=2) for name, v in (("first", first), ("second", second)))
-    estimate = float(a.mean() - b.mean())
-    spread = pooled_sd(a.std(ddof=1), b.std(ddof=1))
-    if spread == 0:
-        g = float(np.sign(estimate)) * np.inf if estimate else 0.0
-        return Difference(Interval(estimate, estimate, estimate), p=float(estimate == 0), effect_size=g)
-    test: Any = stats.ttest_ind(a, b, equal_var=False)
-    low, high = test.confidence_interval(CONFIDENCE)
-    unbiased = 1 - 3 / (4 * (len(a) + len(b)) - 9)  # Hedges 1981
-    return Difference(Interval(estimate, float(low), float(high)), float(test.pvalue), unbiased * estimate / spread)
+    variances = np.array([_sd(a), _sd(b)]) ** 2
+    if not variances.any():
+        return None
+    n = np.array(independent or (len(a), len(b)))
+    estimate, error = float(a.mean() - b.mean()), float((variances / n).sum() ** 0.5)
+    df = float(_satterthwaite(variances / n, n - 1))
+    low, high = stats.t.interval(CONFIDENCE, df, estimate, error)
+    p = 2 * float(stats.t.sf(abs(estimate) / error, df))
+    unbiased = 1 - 3 / (4 * float(_satterthwaite(variances, n - 1)) - 1)  # Hedges 1981, with the df of unequal spreads
+    g = unbiased * estimate / float(variances.mean() ** 0.5)
+    return Difference(Interval(estimate, float(low), float(high)), p, g)
 
 
-def paired(differences: ArrayLike) -> tuple[Interval, float]:
-    """Interval and p (t test) of the mean of differences within the same runs, at least two."""
-    values = _scores("differences", differences, at_least=2)
-    found = summarize(values)
+def paired(differences: ArrayLike, independent: int | None = None) -> tuple[Interval, float] | None:
+    """Interval and p (t test) of the mean of differences within the same runs, at least two; else as :func:`welch`."""
+    found = summarize(_scores("differences", differences, at_least=2), independent)
+    assert found.sd is not None
     assert found.low is not None
     assert found.high is not None
-    test: Any = None if found.sd == 0 else stats.ttest_1samp(values, 0)
-    p = float(found.mean == 0) if test is None else float(test.pvalue)
+    if found.sd == 0:
+        return None
+    p = 2 * float(stats.t.sf(abs(found.mean) / found.sd * found.n**0.5, found.n - 1))
     return Interval(found.mean, found.low, found.high), p
+
+
+def _satterthwaite(variances: NDArray[np.float64], df: ArrayLike) -> Any:
+    """Degrees of freedom of a sum of variances, along the first axis."""
+    return variances.sum(0) ** 2 / (variances**2 / np.asarray(df)).sum(0)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -171,22 +191,32 @@ def _miou(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     return iou.sum(-1) / np.maximum((union > 0).sum(-1), 1)
 
 
-def pooled_sd(first: float, second: float) -> float:
-    """Standard deviation that stands for two groups of equal weight."""
-    return float(np.sqrt((first**2 + second**2) / 2))
+def power(difference: float, sds: tuple[float, float], n: int) -> float:
+    """Probability that Welch's test with n >= 2 scores per group finds a true difference > 0.
 
+    Exact for normal scores. Of the pooled sum of squares a Beta-distributed share is the first group's, independent of
+    the sum; the share fixes the degrees of freedom that the test estimates, and given it the statistic is a noncentral
+    t up to a factor. The power is averaged over the share's quantiles (Gauss-Legendre). The square of a noncentral t is
+    a noncentral F, whose two tails are one: SciPy's lower tail of t underflows to NaN.
 
-def power(effect: float, n: int) -> float:
-    """Probability that a two-sample t test with n scores per group finds a difference of ``effect`` deviations.
-
-    The square of a noncentral t is a noncentral F, whose two tails are one: SciPy's lower tail of t underflows to NaN.
+    Args:
+        difference: of the means.
+        sds: standard deviations of the groups, not both 0.
+        n: scores in each of them.
     """
-    df = 2 * n - 2
-    return float(stats.ncf.sf(stats.f.ppf(1 - ALPHA, 1, df), 1, df, effect**2 * n / 2))
+    nodes, weights = special.roots_legendre(64)
+    share = stats.beta.ppf((nodes + 1) / 2, (n - 1) / 2, (n - 1) / 2)
+    variances = np.square(sds)
+    estimated = variances[:, None] * np.stack([share, 1 - share])
+    critical = stats.t.isf(ALPHA / 2, _satterthwaite(estimated, n - 1)) ** 2 * 2 * estimated.sum(0) / variances.sum()
+    found = stats.ncf.sf(critical, 1, 2 * n - 2, difference**2 * n / variances.sum())
+    return float(weights @ found / 2)
 
 
 def resolvable(n: int, sd: float) -> float:
-    """Smallest difference of two groups of n >= 2 scores with this deviation that is found with a power of 80 %."""
+    """Smallest difference that Welch's test of two groups of n >= 2 scores finds with a power of 80 %, if both have
+    this deviation.
+    """
     if n < 2:
         raise ValueError(f"n: got {n}, accepted: at least 2")
     return sd * _resolvable_effect(n)
@@ -194,16 +224,26 @@ def resolvable(n: int, sd: float) -> float:
 
 @cache
 def _resolvable_effect(n: int) -> float:
-    root: Any = optimize.brentq(lambda effect: power(effect, n) - POWER, 1e-6, 100)
+    root: Any = optimize.brentq(lambda effect: power(effect, (1, 1), n) - POWER, 1e-3, 100)
     return float(root)
 
 
-def seeds_needed(difference: float, sd: float, most: int = 10_000) -> int | None:
-    """Seeds per group that resolve a difference of this size with a power of 80 %; None: more than ``most``."""
+def seeds_needed(difference: float, sds: tuple[float, float], most: int = 10_000) -> int | None:
+    """Seeds per group with which Welch's test finds a difference of this size with a power of 80 %.
+
+    Args:
+        difference: of the means.
+        sds: standard deviations of the groups.
+        most: the highest number that is tried.
+
+    Returns:
+        None: more than ``most``.
+    """
     if not difference > 0:
         raise ValueError(f"difference: got {difference}, accepted: a positive number")
-    effect = min(difference / sd, 100.0) if sd > 0 else 100.0  # two seeds are enough long before
-    enough = bisect_left(range(most + 1), POWER, lo=2, key=lambda n: power(effect, n))
+    if difference > 100 * max(sds):
+        return 2
+    enough = bisect_left(range(most + 1), POWER, lo=2, key=lambda n: power(difference, sds, n))
     return enough if enough <= most else None
 
 
@@ -214,20 +254,29 @@ def split_variance(groups: Sequence[ArrayLike]) -> VarianceSplit | None:
         groups: scores of the repetitions of each seed.
 
     Returns:
-        None where there is nothing to split: fewer than two seeds, or no seed with two repetitions.
+        None where no seed has two repetitions.
     """
     scores = [_scores("groups", group, at_least=1) for group in groups]
     sizes = np.array([len(group) for group in scores])
     k, total = len(scores), int(sizes.sum())
-    if k < 2 or total == k:
+    if total == k:
         return None
-    within = sum(float(((group - group.mean()) ** 2).sum()) for group in scores) / (total - k)
+    within = sum(_sd(group) ** 2 * (len(group) - 1) for group in scores if len(group) > 1) / (total - k)
+    if k < 2:
+        return VarianceSplit(seed_sd=None, repeat_sd=within**0.5, p=None)
     grand = np.concatenate(scores).mean()
     between = float((sizes * (np.array([group.mean() for group in scores]) - grand) ** 2).sum()) / (k - 1)
     size = (total - (sizes**2).sum() / total) / (k - 1)
-    seed_variance = max(0.0, (between - within) / size)
-    p = float(stats.f.sf(between / within, k - 1, total - k)) if within > 0 else float(between == 0)
-    return VarianceSplit(seed_sd=seed_variance**0.5, repeat_sd=within**0.5, p=p)
+    seed_sd = max(0.0, (between - within) / size) ** 0.5
+    seed_sd = seed_sd if seed_sd > _ROUNDING * abs(grand) else 0.0
+    p = float(stats.f.sf(between / within, k - 1, total - k)) if within > 0 else None
+    return VarianceSplit(seed_sd=seed_sd, repeat_sd=within**0.5, p=p)
+
+
+def _sd(scores: NDArray[np.float64]) -> float:
+    """Standard deviation with n - 1; 0 where it is nothing but rounding."""
+    sd = float(scores.std(ddof=1))
+    return sd if sd > _ROUNDING * float(np.abs(scores).max()) else 0.0
 
 
 def _scores(name: str, values: ArrayLike, at_least: int) -> NDArray[np.float64]:

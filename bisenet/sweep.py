@@ -18,17 +18,20 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from bisenet import config
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FILE = "sweep.yaml"
+_SEEDS = ("seed", "init_seed", "data_seed", "repeat")  # a job is always known by them, so that others can be added
 _BESIDE = ("resume", "sweep", *config.HARMLESS)  # may differ between two commands for the same sweep
 
 
@@ -62,7 +66,7 @@ class SweepCallback(Callback):
                 _ = job_return.return_value
             except Exception as error:
                 known = isinstance(error, ValueError | OSError)  # says all that there is to say
-                log.error("job %s failed: %s", config.hydra.job.override_dirname, error, exc_info=not known)
+                log.error("job %s failed: %s", config.hydra.job.override_dirname or "run", error, exc_info=not known)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -106,8 +110,8 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
 
     Args:
         paths: run directories, folders that hold some at any depth, and globs of either.
-        by: what groups them: names of option groups and keys of the configuration; None: what was overridden
-            differently, but for seeds and what is harmless.
+        by: what groups them: names of option groups and keys of the configuration; None: what was overridden and
+            differs, but for seeds and what is harmless.
 
     Returns:
         The finished runs, and name -> what is wrong for those that are not, or were planned and never begun.
@@ -120,13 +124,19 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
 
     places = [Path(place) for path in paths for place in (sorted(glob.glob(path)) or [path])]
     stored: dict[Path, _Stored] = {}
+    damaged: dict[Path, str] = {}
     planned: list[Path] = []
     for place in places:
         for file in sorted(place.rglob(".hydra/config.yaml")):
-            if (run := _Stored(file.parents[1])).config.get("model"):  # and no evaluation or comparison
-                stored.setdefault(file.parents[1], run)
+            folder = file.parents[1]
+            try:
+                if _load(file).get("model"):  # and no evaluation or comparison
+                    stored[folder] = _Stored(folder)
+            except (OSError, AttributeError, TypeError, ValueError, YAMLError, OmegaConfBaseException) as error:
+                reason = (str(error).splitlines() or [""])[0]
+                damaged[folder] = f"its .hydra is incomplete or damaged ({type(error).__name__}: {reason})"
         planned += [file.parent / job for file in sorted(place.rglob(_FILE)) for job in _jobs(file.parent)]
-    everything = list(dict.fromkeys([*stored, *planned]))
+    everything = list(dict.fromkeys([*stored, *damaged, *planned]))
     if not everything:
         raise FileNotFoundError(f"runs: no run in {', '.join(paths)}; accepted: run directories or folders of them")
     root = Path(os.path.commonpath([folder.parent for folder in everything]))
@@ -138,7 +148,7 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
     for folder in everything:
         name = str(folder.relative_to(root))
         if folder not in stored:
-            missing[name] = "not begun"
+            missing[name] = damaged.get(folder, "not begun")
         elif not (folder / "results.json").exists():
             missing[name] = "begun, not finished; see its train.log"
         elif (results := _results(folder)) is None:
@@ -148,10 +158,11 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
                 Run(
                     name=name,
                     folder=folder,
-                    arm={key: stored[folder].value(key) for key in keys},
-                    seeds=(stored[folder].config.init_seed, stored[folder].config.data_seed),
+                    arm={key: (stored[folder].text if by is None else stored[folder].value)(key) for key in keys},
+                    seeds=stored[folder].seeds,
                     results=results,
-                    beside={key: stored[folder].said(key) for key in rest},
+                    beside={key: stored[folder].text(key) for key in rest},
+                    trained=_trained(stored[folder].config),
                 )
             )
     return runs, missing
@@ -170,14 +181,18 @@ class _Stored:
 
     def __init__(self, folder: Path) -> None:
         self.config = _load(folder / ".hydra" / "config.yaml")
+        self.seeds: tuple[int, int] = (self.config.init_seed, self.config.data_seed)
         self.choices = _load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
         lines: list[str] = list(_load(folder / ".hydra" / "overrides.yaml"))
         split = [line.lstrip("+~").partition("=") for line in lines]
         self.overrides = {key: value for key, _, value in split}
 
-    def said(self, key: str) -> str:
-        """What an override set a key to."""
-        return str(self.overrides.get(key, self.config.name if key == "name" else "nothing"))
+    def text(self, key: str) -> str:
+        """As :meth:`value`; where there is none, what an override said."""
+        try:
+            return self.value(key)
+        except ValueError:
+            return self.overrides.get(key, "nothing")
 
     def value(self, key: str) -> str:
         """An option, several as ``a+b``, or a value of the configuration, as text.
@@ -185,6 +200,8 @@ class _Stored:
         Raises:
             ValueError: it is neither.
         """
+        if key in ("protocol", "callbacks", "logger"):  # by name, several at once
+            return "+".join(self.config.get(key) or ["nothing"])
         if Path(config.conf_dir(), key).is_dir():  # Hydra records the choice of a group, but only if it is a single one
             return config.job_dir(str(self.choices.get(key) or self.overrides.get(key, "nothing")))
         value = OmegaConf.select(self.config, key, default=self)
@@ -194,10 +211,22 @@ class _Stored:
 
 
 def _varied(stored: Sequence[_Stored]) -> list[str]:
+    """Keys that some run has overridden and that have different values in the end."""
     keys = dict.fromkeys(key for one in stored for key in one.overrides)
-    beside = {"seed", "init_seed", "data_seed", "repeat", "sweep.name", *_BESIDE}
-    varied = [key for key in keys if key not in beside and len({one.overrides.get(key) for one in stored}) > 1]
+    beside = {*_SEEDS, "sweep.name", *_BESIDE}
+    asked = [key for key in keys if key not in beside and key.partition(".")[0] != "logger"]
+    varied = [key for key in asked if len({one.text(key) for one in stored}) > 1]
     return varied or (["name"] if len({one.value("name") for one in stored}) > 1 else [])
+
+
+def _trained(cfg: DictConfig) -> frozenset[tuple[str, str]]:
+    """Keys and values that a training depends on, but for its seeds and for switches of what it does not have."""
+    beside = {*_SEEDS, *_BESIDE, "name", "logger", "hydra"}
+    if not OmegaConf.select(cfg, "model.output_layers"):
+        beside.add("optimizer.output_lr_multiplier")
+    if {OmegaConf.select(cfg, f"trainer.{key}") for key in ("devices", "num_nodes")} == {1}:
+        beside.add("strategy.sync_batchnorm")
+    return frozenset((key, repr(value)) for key, value in config.leaves(_plain(cfg)) if not _within(key, beside))
 
 
 def job(cfg: DictConfig) -> DictConfig | None:
@@ -241,7 +270,7 @@ def _begin(cfg: DictConfig) -> Path:
         given = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()] + list(hydra.overrides.task)
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         overrides = {override.key_or_group: override for override in parser.parse_overrides(given)}  # the last counts
-        fixed = [key for key, override in overrides.items() if not override.is_sweep_override()]
+        fixed = [key for key, override in overrides.items() if not override.is_sweep_override() and key not in _SEEDS]
         if cfg.sweep.name is None:
             chosen = overrides.get("experiment")
             name = (
@@ -257,14 +286,14 @@ def _begin(cfg: DictConfig) -> Path:
     shared = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     begun = (folder / _FILE).exists() and any(folder.glob("*/provenance.json"))  # else all failed before they trained
     if begun:
-        _require_same(str(folder), _load(folder / _FILE).config, shared)
-    swept = [
-        [f"{key}={value}" for value in override.sweep_string_iterator()]
-        for key, override in overrides.items()
-        if key not in fixed
-    ]
+        _require_same(str(folder), _load(folder / _FILE).config, shared, beside=(*_BESIDE, *_SEEDS))
+    said = {key: _said(override) for key, override in overrides.items()}
+    if "without" in said:
+        _require_arms(cfg, [lines[:1] if key in _SEEDS else lines for key, lines in said.items()])
+    swept = [lines for key, lines in said.items() if key not in fixed]
     names = [config.job_dir(",".join(sorted(job))) for job in itertools.product(*swept)]  # as Hydra's override_dirname
-    content = {"jobs": list(dict.fromkeys([*(_jobs(folder) if begun else []), *names])), "config": _plain(shared)}
+    before = [job for job in _jobs(folder) if (folder / job).is_dir()] if begun else []  # without mistyped ones
+    content = {"jobs": list(dict.fromkeys([*before, *names])), "config": _plain(shared)}
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{_FILE}.{os.getpid()}"
     OmegaConf.save(OmegaConf.create(content), draft)
@@ -272,18 +301,40 @@ def _begin(cfg: DictConfig) -> Path:
     return folder
 
 
+def _said(override: Override) -> list[str]:
+    """An override as the jobs get it, one for each of its values."""
+    key = override.get_key_element()
+    if override.is_sweep_override():
+        return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    return [f"{key}={override.get_value_element_as_str()}"]
+
+
+def _require_arms(cfg: DictConfig, overrides: Sequence[Sequence[str]]) -> None:
+    """Compose every arm of an ablation: each must go without what it says, and arms that are the same are named."""
+    known: dict[frozenset[tuple[str, str]], str] = {}
+    for lines in itertools.product(*overrides):
+        composed = GlobalHydra.instance().config_loader().load_sweep_config(cfg, list(lines))
+        config.require_off(composed, config.tricks_off(lines))
+        arm = ", ".join(line for line, options in zip(lines, overrides, strict=True) if len(options) > 1)
+        same = known.setdefault(_trained(composed), arm)
+        if same != arm:
+            log.warning("%s is the same configuration as %s, and will not be compared with it", arm, same)
+
+
 def _repetitions(override: str) -> str:
     """``repeat=3`` stands for the repetitions 1, 2 and 3."""
     found = re.fullmatch(r"repeat=(\d+)", override)
+    if found and not int(found[1]):
+        raise ValueError(f"repeat: got {found[1]}, accepted: an integer of at least 1")
     return f"repeat={','.join(map(str, range(1, int(found[1]) + 1)))}" if found else override
 
 
-def _require_same(where: str, stored: Any, now: DictConfig) -> None:
-    before, after = dict(_leaves(_plain(stored))), dict(_leaves(_plain(now)))
+def _require_same(where: str, stored: Any, now: DictConfig, beside: Sequence[str] = _BESIDE) -> None:
+    before, after = dict(config.leaves(_plain(stored))), dict(config.leaves(_plain(now)))
     differences = [
         f"{key}: {before.get(key, 'nothing')} there, {after.get(key, 'nothing')} now"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not any(key == k or key.startswith(f"{k}.") for k in _BESIDE)
+        if before.get(key) != after.get(key) and not _within(key, beside)
     ]
     if differences:
         raise ValueError(
@@ -292,13 +343,9 @@ def _require_same(where: str, stored: Any, now: DictConfig) -> None:
         )  # fmt: skip
 
 
+def _within(key: str, nodes: Iterable[str]) -> bool:
+    return any(key == node or key.startswith(f"{node}.") for node in nodes)
+
+
 def _plain(cfg: Any) -> Any:
     return OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node

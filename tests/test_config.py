@@ -153,11 +153,12 @@ def test_targets_are_bound_to_the_signature(override: str, named: str, accepted:
         ("model.network.widht=3", "+model.network.widht=... adds it and is checked against the signature"),
         ("trainer.max_steps=abc", "trainer.max_steps: accepted: int"),
         ("model=foo", "bisenetv1_diss"),
+        ("without=[flip,warmup] scheduler.warmup_steps=50", "without: warmup is still on: scheduler.warmup_steps=50"),
     ],
 )
 def test_a_typo_on_the_command_line_is_answered_at_once(override: str, named: str) -> None:
     started = time.perf_counter()
-    done = run("scripts/train.py", override)
+    done = run("scripts/train.py", *override.split(" "))
     assert done.returncode != 0
     assert named in done.stderr
     assert "torch" not in done.stderr

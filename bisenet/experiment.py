@@ -613,7 +613,6 @@ def _evaluate(
         "split": split,
         "protocol": first,
         "miou": scores["miou"],
-    return {
         "precision": module.segmenter.precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "evaluation_seconds": round(seconds, 1),

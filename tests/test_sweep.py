@@ -622,7 +622,7 @@ def test_a_sweep_is_one_group_of_wandb_with_its_summary(scenes: list[str], tmp_p
     assert {run.run.run_group for run in (*jobs.values(), summary)} == {"x"}
     assert (summary.run.display_name, list(summary.run.tags), summary.exit_code) == ("summary", ["summary"], 0)
     table = json.loads((summary.folder / summary.last("summary/Groups, ss")["path"]).read_text())
-    assert [row[:2] for row in table["data"]] == [["full recipe", "1"], ["no tricks", "1"]]
+    assert [row[:2] for row in table["data"]] == [["full recipe", "1"], ["without flip+ohem", "1"]]
     assert summary.last("summary/figure")["count"] == 1
 
 

@@ -713,7 +713,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
             register()
             try:
                 hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(_telling(task))()
-            except OmegaConfBaseException as error:  # of a resolver, as run_dir
+            except OmegaConfBaseException as error:  # of Hydra's own node, as when it names what is missing
                 if os.environ.get("HYDRA_FULL_ERROR"):
                     raise
                 told = str(error).splitlines()[0].partition("while resolving interpolation: ")
@@ -916,9 +916,22 @@ def _run_tags(seed: int) -> list[str]:
     return list(dict.fromkeys(tag[:64] for tag in tags))
 
 
+def _ending(resolver: Callable[..., Any]) -> Callable[..., Any]:
+    """A resolver whose ValueError ends the script with its message: OmegaConf and Hydra would bury it in traces."""
+
+    @functools.wraps(resolver)
+    def resolve(*arguments: Any) -> Any:
+        try:
+            return resolver(*arguments)
+        except ValueError as error:
+            raise SystemExit(f"ValueError: {error}") from error
+
+    return resolve
+
+
 # At import, since the processes of a launcher import this module but do not call the script's entry.
 for _name, _resolver in {"run_dir": _run_dir, "config_subdir": _config_subdir, "job_dir": job_dir}.items():
-    OmegaConf.register_new_resolver(_name, _resolver, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver(_name, _ending(_resolver), use_cache=True, replace=True)
 OmegaConf.register_new_resolver("validation_miou", _validation_miou, replace=True)
 OmegaConf.register_new_resolver("run_tags", _run_tags, replace=True)
 

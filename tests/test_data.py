@@ -593,6 +593,7 @@ def test_every_data_option_builds_and_helps(option: str, tmp_path: Path) -> None
         "camvid": 11,
         "cityscapes": 19,
         "synthetic": 19,
+        "demo": 19,
         "coco_stuff": 171,
         "ade20k": 150,
         "listed": 2,

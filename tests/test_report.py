@@ -145,8 +145,8 @@ def test_curves_of_any_metrics_file_are_drawn(text: str, tmp_path: Path) -> None
 def test_curves_show_what_was_logged(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(FULL)
     series = report._read_series(tmp_path / "metrics.csv")
-    assert [values.tolist() for values in series["train/loss"]] == [[9, 19], [7.1, 5.0]]
-    assert [values.tolist() for values in series["val/ss/miou"]] == [[9, 19], [0.1, 0.3]]
+    assert [values.tolist() for values in series["train/loss"]] == [[10, 20], [7.1, 5.0]]
+    assert [values.tolist() for values in series["val/ss/miou"]] == [[10, 20], [0.1, 0.3]]
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=100), st.integers(1, 5))

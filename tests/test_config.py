@@ -228,7 +228,7 @@ def test_protocols_are_chosen_together_and_the_first_one_validates() -> None:
     assert protocol_names("protocol=[msf,ss]") == ["msf", "ss"]
     evaluation = composed("checkpoint=[a,b]", "protocol=[msf,ss]", name="evaluate")
     config.check(evaluation)
-    assert config.typed(evaluation).checkpoints == ["a", "b"]
+    assert config.typed(evaluation).checkpoints == [Path("a").absolute(), Path("b").absolute()]
     assert composed("checkpoint=a", name="evaluate").protocol == {}  # those of the training
 
 

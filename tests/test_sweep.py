@@ -614,7 +614,7 @@ def test_a_sweep_is_one_group_of_wandb_with_its_summary(scenes: list[str], tmp_p
     done = multirun(tmp_path, *scenes, "without=[],[ohem,flip]", "seed=1", "sweep.name=x", "logger=wandb")
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "outputs" / "sweeps" / "x"
-    jobs = {name: read_wandb(folder / f"without={name}") for name in ("nothing", "ohem+flip")}
+    jobs = {name: read_wandb(folder / f"seed=1,without={name}") for name in ("nothing", "ohem+flip")}
     assert [list(job.run.tags) for job in jobs.values()] == [
         ["seed=1", "without=[]"], ["seed=1", "without=[ohem,flip]"]]  # fmt: skip
     assert jobs["ohem+flip"].config["loss"]["name"] == "cross_entropy"

@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, cast
@@ -32,6 +32,8 @@ IMPLEMENTATIONS = ("auto", "torch", "cuda")
 
 _TILE = 64
 """Side of the square of full-size pixels upsampled at a time on the CPU: 19 classes of it stay in the L2 cache."""
+_FEW = 4
+"""With fewer threads than this the loss takes one of them."""
 
 
 def ohem_cross_entropy(
@@ -88,16 +90,17 @@ def ohem_cross_entropy(
         kept_only = normalizer == "kept"
         return kernel.ohem(logits, target, hard_loss, at_least, divisor, kept_only, ignore_index, align_corners)[:2]
     on_host = logits.device.type == "cpu"
-    losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, on_host)
-    at_least, divisor = as_fraction(min_kept)
-    n_min = valid * at_least // divisor if divisor else torch.full_like(valid, at_least)
-    n_least = torch.minimum(n_min, valid)
-    if class_weights is None:
-        total, kept = _sum_of_hardest(losses, hard_loss, n_least, on_host)
-    else:
-        share, kept = _kept_share(losses.masked_fill(target == ignore_index, -1.0), hard_loss, n_least, on_host)
-        total = kept * _weighted_mean(losses, share, target, class_weights)
-    return _mean(total, kept if normalizer == "kept" else torch.maximum(kept, n_min), logits), kept
+    with _calmly(on_host):
+        losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, on_host)
+        at_least, divisor = as_fraction(min_kept)
+        n_min = valid * at_least // divisor if divisor else torch.full_like(valid, at_least)
+        n_least = torch.minimum(n_min, valid)
+        if class_weights is None:
+            total, kept = _sum_of_hardest(losses, hard_loss, n_least, on_host)
+        else:
+            share, kept = _kept_share(losses.masked_fill(target == ignore_index, -1.0), hard_loss, n_least, on_host)
+            total = kept * _weighted_mean(losses, share, target, class_weights)
+        return _mean(total, kept if normalizer == "kept" else torch.maximum(kept, n_min), logits), kept
 
 
 def cross_entropy(
@@ -117,10 +120,13 @@ def cross_entropy(
     if _use_kernel(impl, logits, target, class_weights):
         everything = -0.5  # a loss is never negative, so all are above this one
         return kernel.ohem(logits, target, everything, 0, 0, True, ignore_index, align_corners)[:2]
-    losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, logits.device.type == "cpu")
-    if class_weights is None:
-        return _mean(losses.sum(), valid, logits), valid
-    return _mean(valid * _weighted_mean(losses, target != ignore_index, target, class_weights), valid, logits), valid
+    on_host = logits.device.type == "cpu"
+    with _calmly(on_host):
+        losses, valid = _pixel_losses(logits, target, ignore_index, align_corners, on_host)
+        if class_weights is None:
+            return _mean(losses.sum(), valid, logits), valid
+        total = valid * _weighted_mean(losses, target != ignore_index, target, class_weights)
+        return _mean(total, valid, logits), valid
 
 
 def _weighted_mean(losses: Tensor, share: Tensor, target: Tensor, class_weights: Tensor) -> Tensor:
@@ -367,12 +373,17 @@ def _for_each_image(work: Callable[[int], None], images: int) -> None:
             work(image)
 
     with _without_parallel_regions() as threads:
-        if threads < 4 or images < 2:
+        if threads < _FEW or images < 2:
             for image in range(images):
                 work(image)
         else:
             with ThreadPoolExecutor(min(threads // 2, images), "loss", torch.set_num_threads, (1,)) as pool:
                 list(pool.map(alone, range(images)))
+
+
+def _calmly(on_host: bool) -> AbstractContextManager[object]:
+    """On the CPU with few threads, without parallel regions: waiting for a busy core costs more than they save."""
+    return _without_parallel_regions() if on_host and torch.get_num_threads() < _FEW else nullcontext()
 
 
 class _Callers:
@@ -381,6 +392,7 @@ class _Callers:
     lock = threading.Lock()
     inside = 0
     threads = 1
+    own = threading.local()  # `inside` is set in a thread that is
 
 
 @contextmanager
@@ -390,15 +402,20 @@ def _without_parallel_regions() -> Iterator[int]:
     The number belongs to a thread, and that of new threads to all: a thread that first comes here while another is
     inside finds the other's 1, which it must not put back when it leaves after it.
     """
+    if getattr(_Callers.own, "inside", False):
+        yield _Callers.threads
+        return
     with _Callers.lock:
         if not _Callers.inside:
             _Callers.threads = torch.get_num_threads()
         _Callers.inside += 1
         threads = _Callers.threads
         torch.set_num_threads(1)
+    _Callers.own.inside = True
     try:
         yield threads
     finally:
+        _Callers.own.inside = False
         with _Callers.lock:
             _Callers.inside -= 1
             torch.set_num_threads(threads)

@@ -411,6 +411,22 @@ def test_impossible_arguments_are_refused(arguments, message):
         DeepSupervision(CrossEntropy(), aux_weight=-1)
 
 
+@pytest.mark.parametrize(("threads", "seen"), [(2, 1), (4, 4)])
+def test_few_threads_are_one_in_the_whole_loss(threads: int, seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after the tiles, which take one for themselves."""
+    found: list[int] = []
+    select = ops._sum_of_hardest
+    monkeypatch.setattr(ops, "_sum_of_hardest", lambda *a: (found.append(torch.get_num_threads()), select(*a))[1])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        OhemCrossEntropy()(torch.randn(2, 3, 4, 4), torch.zeros(2, 16, 16, dtype=torch.uint8))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found == [seen]
+
+
 def test_the_number_of_threads_survives_callers_that_overlap():
     """The second caller begins on a new thread, within the first one's single thread, and leaves after it."""
     before = torch.get_num_threads()

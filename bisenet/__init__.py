@@ -1,26 +1,51 @@
 """BiSeNet real-time semantic segmentation: train, evaluate, compare and ship, configured by Hydra, run by Lightning."""
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from os import PathLike
 
-    from bisenet.config import DataConfig
     from bisenet.inference import Segmenter
 
-__all__ = ["load"]
+__all__ = ["conf_dir", "load"]
 
 
-def load(path: "str | PathLike[str]", data: "str | DataConfig | None" = None) -> "Segmenter":
+def load(
+    path: "str | PathLike[str]", data: "str | Mapping[str, Any] | None" = None, trust: "Sequence[str]" = ()
+) -> "Segmenter":
     """Load a trained model from a checkpoint file or a run directory, with nothing else needed.
 
     >>> model = bisenet.load("outputs/demo/2026-01-01_12-00-00")
     >>> train_ids = model.predict(rgb_uint8_array)  # (H, W, 3) -> (H, W)
 
-    Published weights of the reference know no classes; ``data`` names the data set (an option of ``conf/data``):
+    Published weights of the reference know no classes; ``data`` names the data set, an option of ``conf/data``, or is a
+    mapping with ``classes``, ``mean`` and ``std``:
 
     >>> model = bisenet.load("model_final_v2_city.pth", data="cityscapes")
-    """
-    from bisenet import experiment  # torch is imported only when it is needed
 
-    return experiment.load(path, data)
+    No file runs code: a network of one's own is built only with ``trust=["mynet"]``, the module that it lies in.
+    """
+    from bisenet import checkpoint  # torch is imported only when it is needed
+
+    return checkpoint.load(path, read_data(data) if isinstance(data, str) else data, trust=trust)
+
+
+def read_data(name: str) -> dict[str, Any]:
+    """What ``conf/data/<name>.yaml`` holds, with what its ``defaults`` add; another name is a ValueError."""
+    import yaml
+
+    folder = Path(conf_dir(), "data")
+    options = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if name not in options:
+        raise ValueError(f"data: got {name!r}, accepted: {' | '.join(options)}")
+    node = yaml.safe_load(options[name].read_text(encoding="utf-8"))
+    inherited = [read_data(other) for other in node.pop("defaults", []) if other in options]
+    return {key: value for part in (*inherited, node) for key, value in part.items()}
+
+
+def conf_dir() -> str:
+    """Absolute path of ``conf/``: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    return str(next(path for path in (package / "conf", package.parent / "conf") if path.is_dir()))

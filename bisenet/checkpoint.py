@@ -1,149 +1,411 @@
-"""What a checkpoint carries beside weights, and reading one without running foreign code: ours, and the reference's.
+"""Reading what has been trained: our checkpoints, weights of the reference, pretrained backbones. No file runs code.
 
-A file of the reference, github.com/CoinCheung/BiSeNet, is the state dict of a network and nothing else. Our networks
-name their weights as it does, in both generations, so that the names tell which network it is.
+A checkpoint of ours holds under ``bisenet`` what prediction needs: the network's node, facts of the data, protocols and
+classes. A file of the reference, github.com/CoinCheung/BiSeNet, is the state dict of a network and nothing else. Our
+networks name their weights as it does, in both generations, so that the names tell which network it is.
 """
 
+import hashlib
+import importlib
 import logging
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import reprlib
+import socket
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bisenet.classes import ClassTable
-from bisenet.networks import BiSeNetV1, BiSeNetV2
-from bisenet.networks.blocks import SegmentationNetwork
+from bisenet.inference import Protocol, Segmenter
 
 log = logging.getLogger(__name__)
 
-_KEY = "bisenet"
-_NETWORK = "segmenter.network."
+NETWORKS = ("bisenet.networks.BiSeNetV1", "bisenet.networks.BiSeNetV2")
+"""Classes that a file may name as its network."""
+DATASETS = tuple(f"bisenet.data.{name}" for name in ("Cityscapes", "CamVid", "Listed", "Synthetic"))
+"""Classes that a file may name as its data set."""
+LARGEST_FILE = 16 * 2**30
+"""Bytes; a larger file is not read."""
+
+_WEIGHTS = "segmenter.network."  # before each name in the state dict of our checkpoints
 _PARALLEL = "module."  # what DataParallel and its kin put before every name
 _COUNTER = "num_batches_tracked"  # of every batch norm but those of InPlaceABN; no computation of ours reads it
+_NODE_KEYS = ("_target_", "_partial_", "_convert_")  # of Hydra, beside the arguments
+_DATA_KEYS = ("name", "mean", "std", "eval_window", "eval_short_side")
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-_V1_OPTIONS = {"two_path": "bisenetv1", "one_path": "bisenetv1_diss", "u_shape": "bisenetv1_ushape"}
+_TIMEOUT = 30  # seconds without an answer of a server
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained network and everything needed to use it."""
+    """A trained network and everything needed to use it, in plain values."""
 
     path: Path
     """The file it was read from."""
-    config: dict[str, Any]
-    """The resolved configuration of the experiment, plain values."""
+    network: dict[str, Any]
+    """Node of the network: ``_target_`` and arguments, without ``n_classes``."""
     classes: ClassTable
     """Class table of the data set it was trained on."""
+    data: dict[str, Any]
+    """``name``, ``mean``, ``std``, ``eval_window`` and ``eval_short_side`` of that data set."""
+    protocols: dict[str, dict[str, Any]]
+    """Name -> fields of a :class:`Protocol`."""
     step: int | None
     """Optimisation steps taken; None: unknown."""
     weights: dict[str, Tensor]
     """State dict of the network."""
+    hyper_parameters: dict[str, Any]
+    """The configuration of the training as far as it is known, for an evaluation; may be empty."""
+
+    def segmenter(self, protocols: Mapping[str, Protocol] | None = None, trust: Sequence[str] = ()) -> Segmenter:
+        """The trained model in evaluation mode on the CPU, with its own protocols unless others are given.
+
+        Raises:
+            ValueError: a class that :func:`build` refuses, or weights that do not fit the network.
+        """
+        n_classes = self.classes.num_classes
+        try:
+            if self.network.get("_target_") in NETWORKS:  # before it costs memory
+                _Differences(_shapes_of(self.network, n_classes), self.weights).require_fit()
+            if sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values()) > os.path.getsize(
+                self.path
+            ):
+                raise ValueError("its weights claim more memory than the file has bytes")  # repeated by strides of 0
+            with torch.random.fork_rng(devices=[]):  # the caller's generators are not ours
+                network = build(self.network, trust, n_classes=n_classes)
+            network.load_state_dict(self.weights)
+            chosen = protocols or {name: Protocol(**fields) for name, fields in self.protocols.items()}
+            return Segmenter(network, self.classes, self.data["mean"], self.data["std"], chosen).eval()
+        except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{self.path}: {' '.join(str(error).split())}") from error
 
 
-@dataclass(frozen=True)
-class Published:
-    """Weights without a configuration, and what their names and shapes tell."""
-
-    path: Path
-    """The file they were read from."""
-    model: str
-    """Option of ``conf/model``."""
-    network: dict[str, Any]
-    """Arguments of that option's network."""
-    n_classes: int
-    """Channels of the logits."""
-    weights: dict[str, Tensor]
-    """State dict of the network."""
-    normalisation: dict[str, list[float]] = field(default_factory=dict)
-    """``mean`` and ``std`` where all weights of this kind were trained with the same, whatever the data set."""
+# ---------------------------------------------------------------- writing and reading
 
 
-def attach(checkpoint: dict[str, Any], config: dict[str, Any], classes: ClassTable) -> None:
-    """Put configuration and class table into a Lightning checkpoint that is about to be saved."""
-    checkpoint[_KEY] = {"config": config, "classes": classes.to_dict()}
+def portable(network: Mapping[str, Any], segmenter: Segmenter, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds under ``bisenet``: plain values of a segmenter and of its nodes."""
+    try:
+        _require_plain({key: value for key, value in network.items() if key not in _NODE_KEYS}, "model.network")
+    except ValueError as error:
+        log.warning("this network can be trained, but its checkpoints cannot be loaded: %s", error)
+    return {
+        "format": 2,
+        "network": dict(network),
+        "data": {key: data.get(key) for key in _DATA_KEYS} | segmenter.normalization,
+        "protocols": {name: asdict(protocol) for name, protocol in segmenter.protocols.items()},
+        "classes": segmenter.classes.to_dict(),
+    }
 
 
-def write(path: Path, weights: dict[str, Tensor], step: int, config: dict[str, Any], classes: ClassTable) -> None:
+def write(
+    path: Path, weights: Mapping[str, Tensor], step: int, portable: dict[str, Any], hyper_parameters: dict[str, Any]
+) -> None:
     """Write a checkpoint to predict and evaluate with, from which no training can be resumed; replaces atomically."""
-    content = {"state_dict": {_NETWORK + name: tensor for name, tensor in weights.items()}, "global_step": step}
-    attach(content, config, classes)
+    state = {_WEIGHTS + name: tensor for name, tensor in weights.items()}
+    content = {"state_dict": state, "global_step": step, "bisenet": portable, "hyper_parameters": hyper_parameters}
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     torch.save(content, draft)
     os.replace(draft, path)
 
 
-def locate(path: str | PathLike[str]) -> Path:
-    """The checkpoint file of a file or a run directory.
+def load(
+    path: str | PathLike[str],
+    data: Mapping[str, Any] | None = None,
+    protocols: Mapping[str, Protocol] | None = None,
+    trust: Sequence[str] = (),
+) -> Segmenter:
+    """The trained model of what :func:`read` reads; arguments and errors as there and :meth:`Checkpoint.segmenter`."""
+    return read(path, data).segmenter(protocols, trust)
+
+
+def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Read a run directory (its ``checkpoints/last.ckpt``), a checkpoint of ours, or weights of the reference.
+
+    Args:
+        path: directory or file.
+        data: for weights of the reference, the data set that they were trained on: ``classes`` (a table, its name or
+            its path), ``mean`` and ``std``, ``eval_short_side`` if there is one. Older BiSeNetV1 was always normalised
+            as ImageNet, whatever ``data`` says. A checkpoint of ours takes none.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: no such file.
+        ValueError: a file that is neither, or damaged; ``data`` missing, not needed or with other classes.
     """
+    file, content = _read_content(path)
+    if not _is_ours(content):
+        return _complete(file, content, data)
+    if data is not None:
+        raise ValueError(f"data: {file} knows the data set it was trained on; accepted: no data here")
+    try:
+        entry, hyper_parameters = content["bisenet"], content.get("hyper_parameters", {})
+        if "format" not in entry:
+            entry, hyper_parameters = _from_format_1(entry)
+        elif entry["format"] != 2:
+            raise ValueError(f"format {entry['format']} is of a later version of bisenet")
+        classes, step = ClassTable.from_dict(entry["classes"]), content["global_step"]
+        network, facts, protocols = (dict(entry[key]) for key in ("network", "data", "protocols"))
+        weights = _own_weights(content)
+        return Checkpoint(file, network, classes, facts, protocols, step, weights, dict(hyper_parameters))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is a damaged checkpoint of bisenet: {error!r}") from error
+
+
+def _read_content(path: str | PathLike[str]) -> tuple[Path, Any]:
     path = Path(path).expanduser()
     file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
             f"checkpoint: no file {file}; accepted: a .ckpt or .pth file, or a run directory with checkpoints/last.ckpt"
         )
-    return file
+    return file, read_tensors(file)
+
+
+def _is_ours(content: Any) -> bool:
+    return isinstance(content, dict) and "bisenet" in content
+
+
+def _own_weights(content: dict[str, Any]) -> dict[str, Tensor]:
+    return {k.removeprefix(_WEIGHTS): v for k, v in content["state_dict"].items() if k.startswith(_WEIGHTS)}
+
+
+def _from_format_1(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What checkpoints held until version 0.1, as what they hold now, and hyperparameters to evaluate with."""
+    config, data = entry["config"], dict(entry["config"]["data"])
+    converted = {"network": config["model"]["network"], "protocols": config["protocol"], "classes": entry["classes"]}
+    converted["data"] = {key: data.get(key) for key in _DATA_KEYS}
+    kind, lists, scenes = (data.pop(key, None) for key in ("format", "lists", "synthetic"))
+    arguments = {"camvid": {"lists": lists}, "listed": {"lists": lists}, "synthetic": scenes}.get(kind) or {}
+    data["dataset"] = {"_target_": {name.split(".")[-1].lower(): name for name in DATASETS}.get(kind), **arguments}
+    data["report_split"] = config.get("evaluation", {}).get("split") or data.get("report_split")
+    return converted, {"name": config.get("name"), "data": data}
+
+
+def _complete(file: Path, content: Any, data: Mapping[str, Any] | None) -> Checkpoint:
+    """A checkpoint of the reference's weights and the data set that they were trained on."""
+    network, n_classes, weights = _recognise(file, content)
+    if data is None:
+        raise ValueError(
+            f"data: {file} holds weights for {n_classes} classes and nothing else; accepted: the data set they were "
+            "trained on, as data=cityscapes (its class table and normalisation)"
+        )
+    if missing := [key for key in ("classes", "mean", "std") if key not in data]:
+        raise ValueError(f"data: got no {missing[0]}, accepted: classes, mean and std")
+    classes = data["classes"]
+    table = classes if isinstance(classes, ClassTable) else ClassTable.load(classes)
+    if table.num_classes != n_classes:
+        raise ValueError(
+            f"data.classes: {table.name!r} has {table.num_classes} classes, the weights of {file} are for {n_classes}; "
+            f"accepted: a data set or class table with {n_classes}"
+        )
+    facts = {key: data.get(key) for key in _DATA_KEYS} | {key: list(data[key]) for key in ("mean", "std")}
+    if "norm" in network and network["generation"] == "older":
+        facts |= _IMAGENET
+    protocols = {"ss": {"short_side": data.get("eval_short_side")}}
+    return Checkpoint(file, network, table, facts, protocols, None, weights, {})
+
+
+# ---------------------------------------------------------------- files that come from others
 
 
 def read_tensors(file: Path) -> Any:
     """What ``torch.save`` wrote, with ``weights_only=True``: tensors and plain values, never code.
 
     Raises:
-        ValueError: anything else; the message names the file and what is wrong with it.
+        ValueError: anything else, and a damaged file; the message names the file and what is wrong with it.
     """
     try:
+        _require_sound(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes fail in any way
-        kind, told = type(error).__name__, str(error)  # not passed on: it tells how to run what is in the file
-    wanted = re.search(r"GLOBAL (\S+)|TorchScript", told)
-    if wanted:
+        kind, message = type(error).__name__, str(error)  # not passed on: it tells how to run what is in the file
+    if wanted := re.search(r"GLOBAL (\S+)|TorchScript", message):
         why = f"it wants {wanted[1] or wanted[0]}, which is code; accepted: a state dict saved by "
         why += "torch.save(net.state_dict(), file)"
     else:
-        line = told.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-        why = f"{kind}: {line}" if line else kind
+        line = message.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        why = line if kind == "ValueError" else f"{kind}: {line}" if line else kind
     raise ValueError(f"{file} cannot be read as tensors and plain values: {why}")
 
 
-def read(path: str | PathLike[str]) -> Checkpoint:
-    """Read a checkpoint of ours with ``weights_only=True``: tensors and plain values, never code.
+def _require_sound(file: Path) -> None:
+    """Raise a ValueError if a file is too large, would grow when it is unpacked, or has lost a bit."""
+    size = file.stat().st_size
+    if size > LARGEST_FILE:
+        raise ValueError(f"{size} bytes, accepted: at most {LARGEST_FILE} (bisenet.checkpoint.LARGEST_FILE)")
+    if not zipfile.is_zipfile(file):  # of PyTorch before 1.6, or nothing that torch.load takes
+        return
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise ValueError("TorchScript")
+        if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
+            raise ValueError(
+                f"its entry {packed[0]} is compressed; accepted: entries that are stored, as by torch.save"
+            )
+        # Counted from the first byte, so that PyTorch's own reader finds the same entries.
+        if sum(entry.file_size for entry in entries) > size or min(entry.header_offset for entry in entries) != 0:
+            raise ValueError(f"its entries hold more than its {size} bytes, or do not begin with the file")
+        if damaged := archive.testzip():
+            raise ValueError(f"its entry {damaged} is damaged: the checksum differs")
+
+
+def build(
+    node: Mapping[str, Any], trust: Sequence[str] = (), accepted: Sequence[str] = NETWORKS, *args: Any, **passed: Any
+) -> Any:
+    """Build what a node from a file names: a class of ours with plain arguments, and nothing else.
+
+    Args:
+        node: ``_target_``, a dotted path to a class, and its arguments.
+        trust: dotted paths of modules whose classes, and those of all modules below them, may be named as well.
+        accepted: dotted paths of the classes that may be named without trust.
+        args: passed to the class, as ``passed``: what the file does not hold.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is no checkpoint of ours.
+        ValueError: another class, or an argument that is not plain (numbers, text, booleans, null; short lists and
+            mappings of them; no ``_target_``, no interpolation); the message names it.
     """
-    found = read_any(path)
-    if isinstance(found, Published):
-        raise ValueError(f"{found.path} was not written by bisenet: it holds the weights of a {found.model} alone")
-    return found
+    name: Any = node.get("_target_")
+    trusted = tuple(f"{prefix}." for prefix in ([trust] if isinstance(trust, str) else trust))
+    if type(name) is not str or (name not in accepted and not name.startswith(trusted)):
+        raise ValueError(
+            f"_target_: got {reprlib.repr(name)}, accepted: {' | '.join(accepted)}; a class of your own, whose code is "
+            f"run, takes trust=[{str(name).partition('.')[0][:40]}]"
+        )
+    arguments = {key: value for key, value in node.items() if key not in _NODE_KEYS}
+    _require_plain(arguments, name, largest=64 if name in NETWORKS else 2**53)
+    module, _, attribute = name.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), attribute)
+        if not isinstance(target, type) or not (name in accepted or f"{target.__module__}.".startswith(trusted)):
+            raise ValueError(f"_target_: got {name}, accepted: a class that is defined in what is trusted")
+        return target(*args, **arguments, **passed)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
-def read_any(path: str | PathLike[str]) -> Checkpoint | Published:
-    """Read a checkpoint of ours, or a state dict with the names of the reference, with ``weights_only=True``.
+def _require_plain(value: Any, where: str, depth: int = 3, largest: float = 2**53) -> None:
+    """Raise a ValueError if a value is nothing that a file may hold as an argument."""
+    if type(value) in (list, tuple, dict):
+        ok = depth > 0 and len(value) <= 64
+        for key, item in (value.items() if isinstance(value, dict) else enumerate(value)) if ok else ():
+            ok = ok and not str(key).startswith("_")
+            _require_plain(item, f"{where}.{key}", depth - 1, largest)
+    elif type(value) is str:
+        ok = len(value) <= 4096 and "${" not in value
+    else:
+        ok = value is None or type(value) is bool or (type(value) in (int, float) and abs(value) <= largest)
+    if not ok:
+        limits = f"numbers up to {largest}, text, booleans, null, and short lists and mappings of them"
+        raise ValueError(f"{where}: got {reprlib.repr(value)}, accepted from a file: {limits}")
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is neither.
-    """
-    file = locate(path)
-    content = read_tensors(file)
-    if not isinstance(content, dict) or _KEY not in content:
-        return _recognise(file, content)
-    return Checkpoint(
-        path=file,
-        config=content[_KEY]["config"],
-        classes=ClassTable.from_dict(content[_KEY]["classes"]),
-        step=content["global_step"],
-        weights={k.removeprefix(_NETWORK): v for k, v in content["state_dict"].items() if k.startswith(_NETWORK)},
-    )
+
+class _WithoutInitialising(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
+
+
+def _shapes_of(node: Mapping[str, Any], n_classes: int) -> nn.Module:
+    """A network of ours without memory for its weights."""
+    with torch.device("meta"), _WithoutInitialising():  # random numbers there would import torch._dynamo, a second
+        return build(node, n_classes=n_classes)
+
+
+class _Differences:
+    """Which tensors of a state dict a network takes: ``matched``, ``dropped``, ``missing``, of another ``shape``."""
+
+    def __init__(self, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+        given = {name: list(tensor.shape) for name, tensor in weights.items()}
+        self.matched = [name for name in expected if given.get(name) == expected[name]]
+        self.missing = [name for name in expected if name not in given and not name.endswith(_COUNTER)]
+        self.dropped = [name for name in given if name not in expected]
+        self.shape = [f"{n} {given[n]} for {shape}" for n, shape in expected.items() if given.get(n, shape) != shape]
+        self.unfit = self.missing + self.shape  # each entry begins with the tensor's name
+
+    def require_fit(self) -> None:
+        """Raise a ValueError if the network would not be complete."""
+        if self.unfit:
+            raise ValueError(f"it misses, or has of another shape: {_listed(self.unfit)}")
+
+    def __str__(self) -> str:
+        parts = {"dropped": self.dropped, "missing": self.missing, "of another shape": self.shape}
+        some = [f"{len(names)} {part} ({_listed(names, len(names))})" for part, names in parts.items() if names]
+        return ", ".join([f"{len(self.matched)} tensors matched", *(some or ["nothing dropped, nothing missing"])])
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# ---------------------------------------------------------------- weights of the reference
+
+
+def _recognise(file: Path, content: Any) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
+    """Node, number of classes and weights of the network that names and shapes tell, which is logged."""
+    refused = f"{file} was not written by bisenet: it has no 'bisenet' entry"
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{refused}, and it is no state dict of the reference: accepted are tensors by name")
+    weights: dict[str, Tensor] = {str(name).removeprefix(_PARALLEL): tensor for name, tensor in content.items()}
+    node, classifier = _describe(weights)
+    if classifier not in weights:
+        raise ValueError(
+            f"{refused}, and its {len(weights)} tensors are of neither a BiSeNetV1 (cp.resnet.*, conv_out.conv_out.*) "
+            f"nor a BiSeNetV2 (detail.*, head.conv_out.*): {_listed(list(weights))}"
+        )
+    n_classes = sum(weights[classifier].shape[:1])
+    for aux in (True, False):  # auxiliary heads that are missing or incomplete are not needed to predict
+        node["aux"] = aux
+        differences = _Differences(_shapes_of(node, n_classes), weights)
+        if not differences.unfit:
+            break
+    summary = ", ".join(str(value) if key == "_target_" else f"{key}={value}" for key, value in node.items())
+    try:
+        differences.require_fit()
+    except ValueError as error:
+        raise ValueError(f"{file}: its names are those of {summary}, but {error}") from None
+    level = logging.WARNING if differences.dropped else logging.INFO
+    renamed = sum(str(name).startswith(_PARALLEL) for name in content)
+    prefix = f"{renamed} renamed ({_PARALLEL!r} taken off), " if renamed else ""
+    log.log(level, "%s: %s, %d classes; %s%s", file, summary, n_classes, prefix, differences)
+    return node, n_classes, {name: weights[name] for name in differences.matched}
+
+
+def _describe(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
+    """Node of the network without ``aux``, and the name of its classifier's weight; of other networks nothing."""
+    if "cp.resnet.conv1.weight" in weights:
+        two_path = "two_path" if "sp.conv1.conv.weight" in weights else "one_path"
+        node = {
+            "_target_": NETWORKS[0],
+            "structure": "u_shape" if "cp.lateral8.conv.weight" in weights else two_path,
+            "generation": "current" if "conv_out.conv_out.bias" in weights else "older",
+            "norm": "bn" if any(name.endswith(_COUNTER) for name in weights) else "inplace_abn",
+        }
+        return node, "conv_out.conv_out.weight"
+    if "detail.S1.0.conv.weight" in weights:
+        is_current = "head.conv_out.1.weight" in weights
+        layers = {name.split(".")[2] for name in weights if name.startswith("segment.S3.")}
+        node = {
+            "_target_": NETWORKS[1],
+            "width_multiplier": sum(weights["detail.S1.0.conv.weight"].shape[:1]) / 64,
+            "depth_multiplier": max(len(layers) - 1, 1),
+            "generation": "current" if is_current else "older",
+        }
+        return node, "head.conv_out.1.weight" if is_current else "head.conv_out.weight"
+    return {}, ""
+
+
+# ---------------------------------------------------------------- weights to start from
 
 
 def finetune(network: nn.Module, path: str | PathLike[str]) -> None:
@@ -155,123 +417,111 @@ def finetune(network: nn.Module, path: str | PathLike[str]) -> None:
         FileNotFoundError: no such file.
         ValueError: a file without weights of ours or of the reference, or of a network that differs before its heads.
     """
-    found = read_any(path)
-    differences = _Differences(network, found.weights)
+    file, content = _read_content(path)
+    weights = _own_weights(content) if _is_ours(content) else _recognise(file, content)[2]
+    differences = _Differences(network, weights)
     head_names: tuple[str, ...] = network.head_names  # type: ignore[assignment]
     heads = tuple(f"{head}." for head in head_names)
     if foreign := [name for name in differences.unfit if not name.startswith(heads)]:
         raise ValueError(
-            f"finetune_from: {found.path} does not fit {type(network).__name__} before its heads: {_listed(foreign)}"
+            f"finetune_from: {file} does not fit {type(network).__name__} before its heads: {_listed(foreign)}"
         )
-    if any(_COUNTER in name for name in network.state_dict()) != any(_COUNTER in name for name in found.weights):
+    if any(_COUNTER in name for name in network.state_dict()) != any(_COUNTER in name for name in weights):
         raise ValueError(
-            f"finetune_from: {found.path} and model.network.norm differ: one is inplace_abn, whose scale is |weight|"
+            f"finetune_from: {file} and model.network.norm differ: one is inplace_abn, whose scale is |weight|"
         )
-    kept = {name: found.weights[name] for name in differences.matched}
-    network.load_state_dict(kept, strict=False)
-    log.info("finetune from %s: %s", found.path, differences)
+    network.load_state_dict({name: weights[name] for name in differences.matched}, strict=False)
+    log.info("finetune from %s: %s", file, differences)
 
 
-class _Differences:
-    """Which tensors of a state dict a network takes: ``matched``, ``dropped``, ``missing`` and of another ``shape``."""
+def load_backbone(network: nn.Module, backbone: str, source: str, sha256: str | None = None) -> None:
+    """Load into a module of the network what fits by name and shape, and log what does not.
 
-    def __init__(self, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        expected = network.state_dict()
-        shared = [name for name in expected if name in weights]
-        self.matched = [name for name in shared if weights[name].shape == expected[name].shape]
-        self.missing = [name for name in expected if name not in weights and not name.endswith(_COUNTER)]
-        self.dropped = [name for name in weights if name not in expected]
-        self.shape = [
-            f"{name} {list(weights[name].shape)} for {list(expected[name].shape)}"
-            for name in shared
-            if weights[name].shape != expected[name].shape
-        ]
+    Read are the state dict of a whole classifier (torchvision's ResNet-18, whose ``fc`` nothing here takes), and a dict
+    of such state dicts by submodule (``backbone_v2.pth`` of CoinCheung/BiSeNet).
 
-    @property
-    def unfit(self) -> list[str]:
-        """What keeps the network from being complete; each entry starts with the tensor's name."""
-        return self.missing + self.shape
+    Args:
+        network: a new network.
+        backbone: dotted name of the module; empty: the network itself.
+        source: path or URL of the file, as :func:`fetch` takes it.
+        sha256: its digest, likewise.
 
-    def __str__(self) -> str:
-        parts = {"dropped": self.dropped, "missing": self.missing, "of another shape": self.shape}
-        told = [f"{len(names)} {part} ({_listed(names, len(names))})" for part, names in parts.items() if names]
-        return ", ".join([f"{len(self.matched)} tensors matched", *(told or ["nothing dropped, nothing missing"])])
+    Raises:
+        ValueError: no such module or file, a file of another kind, or one of which less than half fits.
+    """
+    try:
+        module = network.get_submodule(backbone)
+    except AttributeError as error:
+        raise ValueError(f"backbone: got {backbone!r}, accepted: a module of the network ({error})") from None
+    file = fetch(source, sha256)
+    given = {key: tensor for key, tensor in _flatten(read_tensors(file)).items() if not key.endswith(_COUNTER)}
+    differences = _Differences(module, given)
+    unused = differences.dropped + differences.shape
+    summary = f"{file}: {len(differences.matched)} of its {len(given)} tensors fit {type(module).__name__}"
+    summary += f"; unused: {_listed(unused)}" if unused else ""
+    if 2 * len(differences.matched) < max(len(given), 1):
+        raise ValueError(f"{summary}. Accepted: weights of this network's backbone, or null to train from scratch")
+    module.load_state_dict({key: given[key] for key in differences.matched}, strict=False)
+    log.info("pretrained weights: %s", summary)
 
 
-def _listed(names: list[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _flatten(content: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Tensors by dotted name."""
+    if isinstance(content, Tensor):
+        return {prefix: content}
+    found: dict[str, Tensor] = {}
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        found |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
 
 
-def _recognise(file: Path, content: Any) -> Published:
-    """Tell network, generation, norm, auxiliary heads and number of classes from names and shapes, and say so."""
-    refused = f"{file} was not written by bisenet: it has no {_KEY!r} entry"
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{refused}, and it is no state dict of the reference: accepted are tensors by name")
-    renamed = sum(name.startswith(_PARALLEL) for name in content)
-    weights: dict[str, Tensor] = {name.removeprefix(_PARALLEL): tensor for name, tensor in content.items()}
-    described = _describe_v1(weights) or _describe_v2(weights)
-    if described is None:
+def fetch(source: str, sha256: str | None = None) -> Path:
+    """The file that a path or a URL names, its digest checked.
+
+    Args:
+        source: a path, or a URL (``https``, ``http``, ``file``), downloaded once to the cache of ``torch.hub``.
+        sha256: the digest or its first 8 or more digits; None: the part of the file's name after the last ``-``, where
+            that is 8 or more hexadecimal digits with a letter among them, else none: the digest is then logged.
+
+    Raises:
+        ValueError: no such file, no answer, or another digest; the message says what to do.
+    """
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{8,64}", sha256):
+        raise ValueError(f"sha256: got {sha256!r}, accepted: null, or 8 to 64 hexadecimal digits in lower case")
+    url = urlparse(source) if urlparse(source).scheme in ("http", "https", "file") else None
+    name = Path(url.path if url else source).name
+    file = Path(torch.hub.get_dir(), "checkpoints", name) if url else Path(source).expanduser()
+    named = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.[^.]+$", name)  # with a letter: else it may be a date
+    expected = sha256 or (named and named[1])
+    if url and not file.is_file():
+        _download(source, file, expected)
+    if not file.is_file():
+        raise ValueError(f"got {source!r}, which is no file; accepted: a path, a URL, or null to train from scratch")
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if expected is None:
+        log.info("pretrained weights: %s has the sha256 %s; nothing to check it against", file, digest)
+    elif not digest.startswith(expected):
+        origin = "model.pretrained_sha256" if sha256 else "the end of its name"
+        remedy = (
+            "delete it to have it downloaded again" if url else "model.pretrained_sha256=<digest> takes it as it is"
+        )
+        raise ValueError(f"{file} has the sha256 {digest}, accepted after {origin}: {expected}...; {remedy}")
+    return file
+
+
+def _download(url: str, file: Path, sha256: str | None) -> None:
+    """Stock, but not ``load_state_dict_from_url``, which takes no digest and checks no archive before it unpacks it."""
+    log.info("downloading %s to %s", url, file)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT)  # torch.hub sets none
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), sha256)
+    except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"{refused}, and its {len(weights)} tensors are of neither a BiSeNetV1 (cp.resnet.*, conv_out.conv_out.*) "
-            f"nor a BiSeNetV2 (detail.*, head.conv_out.*): {_listed(list(weights))}"
-        )
-    family, model, arguments, n_classes = described
-    for aux in (True, False):  # auxiliary heads that are missing or incomplete are not needed to predict
-        arguments["aux"] = aux
-        with torch.device("meta"):
-            differences = _Differences(family(n_classes, **arguments), weights)
-        if not differences.unfit:
-            break
-    told = ", ".join(f"{key}={value}" for key, value in arguments.items())
-    if differences.unfit:
-        raise ValueError(
-            f"{file}: its names are those of {model} ({told}), but it misses, or has of another shape: "
-            f"{_listed(differences.unfit)}"
-        )
-    level = logging.WARNING if differences.dropped else logging.INFO
-    prefix = f"{renamed} renamed ({_PARALLEL!r} taken off), " if renamed else ""
-    log.log(level, "%s: %s (%s, %d classes); %s%s", file, model, told, n_classes, prefix, differences)
-    older_v1 = family is BiSeNetV1 and arguments["generation"] == "older"
-    return Published(
-        path=file,
-        model=model,
-        network=arguments,
-        n_classes=n_classes,
-        weights={name: weights[name] for name in differences.matched},
-        normalisation=_IMAGENET if older_v1 else {},
-    )
-
-
-_Description = tuple[type[SegmentationNetwork], str, dict[str, Any], int]  # class, option, arguments, classes
-
-
-def _describe_v1(weights: Mapping[str, Tensor]) -> _Description | None:
-    if "cp.resnet.conv1.weight" not in weights or "conv_out.conv_out.weight" not in weights:
-        return None
-    structure = "one_path"
-    if "cp.lateral8.conv.weight" in weights:
-        structure = "u_shape"
-    elif "sp.conv1.conv.weight" in weights:
-        structure = "two_path"
-    arguments = {
-        "structure": structure,
-        "generation": "current" if "conv_out.conv_out.bias" in weights else "older",
-        "norm": "bn" if any(name.endswith(_COUNTER) for name in weights) else "inplace_abn",
-    }
-    return BiSeNetV1, _V1_OPTIONS[structure], arguments, len(weights["conv_out.conv_out.weight"])
-
-
-def _describe_v2(weights: Mapping[str, Tensor]) -> _Description | None:
-    generation = "current" if "head.conv_out.1.weight" in weights else "older"
-    classifier = "head.conv_out.1.weight" if generation == "current" else "head.conv_out.weight"
-    if "detail.S1.0.conv.weight" not in weights or classifier not in weights:
-        return None
-    layers = {name.split(".")[2] for name in weights if name.startswith("segment.S3.")}
-    arguments = {
-        "width_multiplier": len(weights["detail.S1.0.conv.weight"]) / 64,
-        "depth_multiplier": max(len(layers) - 1, 1),
-        "generation": generation,
-    }
-    large = arguments["depth_multiplier"] > 1
-    return BiSeNetV2, "bisenetv2_large" if large else "bisenetv2", arguments, len(weights[classifier])
+            f"{url} cannot be downloaded: {error}. Put the file into {file.parent}, or give its path instead of the "
+            "URL, or null to train from scratch"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,16 +1,20 @@
-"""From a picture to a prediction: normalisation, views, and how they are merged.
+"""From an image to a prediction: protocols, normalisation, views, and how they are merged.
 
-A *view* is the picture resized to one scale. The network sees it whole or in overlapping windows, each as it is or
+A *view* is the image resized to one scale. The network sees it whole or in overlapping windows, each as it is or
 mirrored; such a piece is a *tile*. Protocols often want the same tiles, which are then forwarded once. Scales are
-relative to the picture's own size, or to the size that ``short_side`` gives it first.
+relative to the image's own size, or to the size that ``short_side`` gives it first.
 
-Shapes: B batch, C classes, (H, W) the picture, (h, w) a view or a tile of it.
+Shapes: B batch, C classes, (H, W) the image, (h, w) a view or a tile of it.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 import math
+import re
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +22,74 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bisenet.classes import ClassTable
-from bisenet.config import EvaluationConfig, ProtocolConfig
+if TYPE_CHECKING:
+    from bisenet.classes import ClassTable
 
+_TINY, _HUGE = math.ulp(0.0), sys.float_info.max  # the least and the largest positive number
 _SCORES_AT_A_TIME = 2**27  # of one whole view: 512 MiB in float32
-_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_AUTOCAST = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_MERGES = ("mean_prob", "log_prob", "reference")
 
-Size = tuple[int, int]
-"""Height and width in pixels."""
+Size = tuple[int, int]  # height and width in pixels
+
+
+def _require(ok: bool, name: str, value: object, accepted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: got {value!r}, accepted: {accepted}")
+
+
+def _are_numbers(values: Any, low: float, high: float = math.inf, *, whole: bool = False) -> bool:
+    """Whether ``values`` is a sequence of at least one number, all of them in [low, high]."""
+    kinds = (int,) if whole else (int, float)
+    return bool(hasattr(values, "__len__") and len(values)) and all(
+        type(v) in kinds and low <= v <= high for v in values
+    )
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an image becomes a prediction. The protocol's name is part of the name of every score.
+
+    Raises:
+        ValueError: a value that is not accepted; the message begins with its name.
+    """
+
+    scales: Sequence[float] = (1.0,)
+    """The image is resized by each factor; the views are merged."""
+    flip: bool = False
+    """Add the mirrored view of each scale."""
+    size_multiple: int = 32
+    """Whole views are resized to the next multiple of this, in pixels."""
+    crop: bool = False
+    """Cut each view into overlapping windows instead of showing it whole."""
+    window: Sequence[int] | None = None
+    """(height, width) of the windows in pixels; smaller views are padded. Made None where ``crop`` is false."""
+    short_side: int | None = None
+    """The image is first resized to a shorter side of so many pixels; None: it keeps its size."""
+    stride: float = 2 / 3
+    """Distance between windows as a share of the window, rounded up to pixels."""
+    merge: str = "mean_prob"
+    """``mean_prob`` averages the probabilities of views and overlaps, ``log_prob`` their logarithms; ``reference`` sums
+    overlaps without averaging, each window as exp(p + p mirrored) where ``flip`` is set. For whole views ``reference``
+    is ``mean_prob``."""
+
+    def __post_init__(self) -> None:
+        for name in ("scales", "window"):  # tuples, so that a protocol hashes
+            value: Any = getattr(self, name) if self.crop or name == "scales" else None
+            object.__setattr__(self, name, tuple(value) if hasattr(value, "__iter__") else value)
+        in_pixels = _are_numbers(self.window, 32, whole=True) and len(self.window or ()) == 2
+        short = self.short_side
+        for name, ok, accepted in (
+            ("scales", _are_numbers(self.scales, _TINY, _HUGE), "at least one positive factor"),
+            ("flip", type(self.flip) is bool, "true or false"),
+            ("crop", type(self.crop) is bool, "true or false"),
+            ("size_multiple", _are_numbers([self.size_multiple], 1, whole=True), "an integer of at least 1"),
+            ("window", in_pixels or not self.crop, "with crop=true [height, width] in pixels, each at least 32"),
+            ("short_side", short is None or _are_numbers([short], 32, whole=True), "null or at least 32 pixels"),
+            ("stride", _are_numbers([self.stride], _TINY, 1), "a share of the window in (0, 1]"),
+            ("merge", self.merge in _MERGES, " | ".join(_MERGES)),
+        ):
+            _require(ok, name, getattr(self, name), accepted)
 
 
 class Tile(NamedTuple):
@@ -44,15 +108,14 @@ class Tile(NamedTuple):
 
 
 class View(NamedTuple):
-    """A size that the picture is shown in."""
+    """A size that the image is shown in, and the size that the scales of its protocol are relative to."""
 
     start: Size
-    """The size that the scales of the protocol are relative to."""
     size: Size
 
 
 class Prediction(NamedTuple):
-    """What a protocol makes of a batch of pictures."""
+    """What a protocol makes of a batch of images."""
 
     train_ids: Tensor
     """(B, H, W) int64."""
@@ -67,9 +130,9 @@ def view_size(size: Size, scale: float, multiple: int) -> Size:
 
 
 def start_size(size: Size, short_side: int | None) -> Size:
-    """The picture's size with a shorter side of so many pixels; the longer one is rounded down.
+    """The image's size with a shorter side of so many pixels; the longer one is rounded down.
 
-    Departs: the reference also rounds the longer side of a square picture, where ``int(short_side / w * h)`` may be one
+    Departs: the reference also rounds the longer side of a square image, where ``int(short_side / w * h)`` may be one
     pixel less than ``short_side`` in floating point; ours stays square.
     """
     if short_side is None:
@@ -79,7 +142,7 @@ def start_size(size: Size, short_side: int | None) -> Size:
     return height, width
 
 
-def windows(size: Size, window: Size, stride: float) -> list[Tile]:
+def windows(size: Size, window: Sequence[int], stride: float) -> list[Tile]:
     """Tiles of a window's size that cover a view.
 
     They lie ``ceil(stride * window)`` apart, the last one shifted in. Where the view is smaller than the window, it is
@@ -95,17 +158,13 @@ def windows(size: Size, window: Size, stride: float) -> list[Tile]:
     return [Tile(top, left, bottom, right) for top, bottom in spans[0] for left, right in spans[1]]
 
 
-def views(protocol: ProtocolConfig, size: Size) -> Iterator[tuple[View, list[Tile]]]:
-    """Each view of a picture, and its tiles that are not mirrored."""
+def views(protocol: Protocol, size: Size) -> Iterator[tuple[View, list[Tile]]]:
+    """Each view of an image, and its tiles that are not mirrored."""
     start = start_size(size, protocol.short_side)
     for scale in protocol.scales:
-        if protocol.crop:
-            assert protocol.window is not None, "filled in by config.protocols"
-            shown = view_size(start, scale, 1)
-            yield View(start, shown), windows(shown, (protocol.window[0], protocol.window[1]), protocol.stride)
-        else:
-            shown = view_size(start, scale, protocol.size_multiple)
-            yield View(start, shown), [Tile(0, 0, *shown)]
+        shown = view_size(start, scale, 1 if protocol.window else protocol.size_multiple)
+        whole = [Tile(0, 0, *shown)]
+        yield View(start, shown), windows(shown, protocol.window, protocol.stride) if protocol.window else whole
 
 
 def resize(x: Tensor, size: Size, *, align_corners: bool) -> Tensor:
@@ -116,11 +175,11 @@ def resize(x: Tensor, size: Size, *, align_corners: bool) -> Tensor:
 
 
 def predict(
-    network: nn.Module, image: Tensor, protocols: Sequence[ProtocolConfig], max_pixels_per_batch: int
+    network: nn.Module, image: Tensor, protocols: Sequence[Protocol], max_pixels_per_batch: int
 ) -> list[Prediction]:
-    """Predict under several protocols in one pass.
+    """Predict under several protocols in one pass; one prediction for each, in order.
 
-    Pictures are resized to their views with align_corners=True (to a ``short_side`` before that without), as are the
+    Images are resized to their views with align_corners=True (to a ``short_side`` before that without), as are the
     scores of whole views before their softmax, and the probabilities of views in windows after it; in between the
     logits are upsampled to the tile as the network's generation does it. One whole view needs no softmax, and its
     classes are upsampled some at a time.
@@ -131,19 +190,17 @@ def predict(
     Args:
         network: returns ``SegmentationOutput``; has ``align_corners``.
         image: (B, 3, H, W) float, normalised.
-        protocols: what to predict under; windows are filled in.
+        protocols: what to predict under.
         max_pixels_per_batch: tiles of one view are batched up to so many pixels, at least one.
-
-    Returns:
-        One for each protocol, in order.
     """
     size: Size = (image.shape[-2], image.shape[-1])
-    wanted = [list(views(protocol, size)) for protocol in protocols]
+    align_corners = bool(network.align_corners)
+    remaining = [list(views(protocol, size)) for protocol in protocols]
     seconds = [0.0] * len(protocols)
     scores: dict[int, Tensor] = {}
     train_ids: dict[int, Tensor] = {}
-    for view in dict.fromkeys(view for views_ in wanted for view, _ in views_):
-        users = [(i, tiles) for i, views_ in enumerate(wanted) for other, tiles in views_ if other == view]
+    for view in dict.fromkeys(view for of_protocol in remaining for view, _ in of_protocol):
+        users = [(i, tiles) for i, of_protocol in enumerate(remaining) for other, tiles in of_protocol if other == view]
         shown = {i: _with_mirrored(tiles, protocols[i].flip) for i, tiles in users}
         started = _now(image)
         resized = resize(resize(image, view.start, align_corners=False), view.size, align_corners=True)
@@ -152,18 +209,16 @@ def predict(
         for i, tiles in shown.items():
             seconds[i] += passed * _pixels(tiles) / _pixels(logits)
         for i, tiles in users:
-            started = _now(image)
-            align_corners = bool(network.align_corners)
-            if _is_one_view(protocols[i]):
+            started, protocol = _now(image), protocols[i]
+            remaining[i].remove((view, tiles))
+            if len(protocol.scales) == 1 and not protocol.flip and not protocol.crop:
                 train_ids[i] = _classify(logits[tiles[0]], view.size, size, align_corners=align_corners)
-                seconds[i] += _now(image) - started
-                continue
-            merged = _merge(protocols[i], tiles, logits, view.size, size, align_corners=align_corners)
-            scores[i] = scores[i].add_(merged) if i in scores else merged
-            del merged  # it would last until the next one is made
-            wanted[i].remove((view, tiles))
-            if not wanted[i]:  # so that no more sums are held than must be
-                train_ids[i] = scores.pop(i).argmax(dim=1)
+            else:
+                merged = _merge(protocol, tiles, logits, view.size, size, align_corners=align_corners)
+                scores[i] = scores[i].add_(merged) if i in scores else merged
+                del merged  # it would last until the next one is made
+                if not remaining[i]:  # so that no more sums are held than must be
+                    train_ids[i] = scores.pop(i).argmax(dim=1)
             seconds[i] += _now(image) - started
     return [Prediction(train_ids[i], seconds[i]) for i in range(len(protocols))]
 
@@ -177,7 +232,7 @@ def _pixels(tiles: Iterable[Tile]) -> int:
 
 
 def _now(tensor: Tensor) -> float:
-    """Seconds, once the device has done what it was told."""
+    """Seconds, once the device has finished its work."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
     return time.perf_counter()
@@ -200,37 +255,32 @@ def _forward(network: nn.Module, view: Tensor, wanted: Iterable[Iterable[Tile]],
 
 def _cut(view: Tensor, tile: Tile) -> Tensor:
     height, width = view.shape[-2:]
-    piece = view[..., max(tile.top, 0) : tile.bottom, max(tile.left, 0) : tile.right]
-    beyond = (max(-tile.left, 0), max(tile.right - width, 0), max(-tile.top, 0), max(tile.bottom - height, 0))
-    piece = F.pad(piece, beyond)
+    piece = F.pad(view, (-tile.left, tile.right - width, -tile.top, tile.bottom - height))  # less than 0 cuts off
     return piece.flip(-1) if tile.mirrored else piece
 
 
-def _is_one_view(protocol: ProtocolConfig) -> bool:
-    return len(protocol.scales) == 1 and not protocol.flip and not protocol.crop
-
-
 def _classify(logits: Tensor, view: Size, size: Size, *, align_corners: bool) -> Tensor:
-    """Train ids (B, H, W) of one whole view: the argmax of its logits, upsampled to the view, then to the picture.
+    """Train ids (B, H, W) of one whole view: the argmax of its logits, upsampled to the view, then to the image.
 
-    Each class is upsampled by itself, so taking some at a time changes no bit, and bounds memory for large pictures.
+    Each class is upsampled by itself, so taking some at a time changes no bit, and bounds memory for large images.
     """
     most = max(1, _SCORES_AT_A_TIME // (len(logits) * max(math.prod(view), math.prod(size))))
-    best = train_ids = None
-    for first in range(0, logits.shape[1], most):
+
+    def maximum(first: int) -> tuple[Tensor, Tensor]:
         part = resize(logits[:, first : first + most], view, align_corners=align_corners)
-        values, found = resize(part, size, align_corners=True).max(dim=1)
-        if best is None or train_ids is None:
-            best, train_ids = values, found
-        else:
-            train_ids = torch.where(values > best, found + first, train_ids)  # of equal ones the first, as argmax
-            best = torch.maximum(best, values)
-    assert train_ids is not None, "a network has classes"
+        values, indices = resize(part, size, align_corners=True).max(dim=1)
+        return values, indices + first
+
+    best, train_ids = maximum(0)
+    for first in range(most, logits.shape[1], most):
+        values, indices = maximum(first)
+        train_ids = torch.where(values > best, indices, train_ids)  # of equal ones the first, as argmax
+        best = torch.maximum(best, values)
     return train_ids
 
 
 def _merge(
-    protocol: ProtocolConfig,
+    protocol: Protocol,
     tiles: Sequence[Tile],
     logits: Mapping[Tile, Tensor],
     view: Size,
@@ -253,13 +303,10 @@ def _merge(
         return total
 
     if not protocol.crop:
-        (whole,) = tiles
-        return score(whole)
-
+        return score(tiles[0])
     height, width = view
     some = logits[tiles[0]]
-    total = some.new_zeros(*some.shape[:2], height, width)
-    times = some.new_zeros(height, width)
+    total, times = some.new_zeros(*some.shape[:2], height, width), some.new_zeros(height, width)
     for tile in tiles:
         inside = (..., slice(max(tile.top, 0), tile.bottom), slice(max(tile.left, 0), tile.right))
         within = (..., slice(max(-tile.top, 0), height - tile.top), slice(max(-tile.left, 0), width - tile.left))
@@ -274,18 +321,21 @@ def _merge(
 
 
 class Segmenter(nn.Module):
-    """A network with everything that turns raw pictures into train ids: normalisation, protocol and class table.
+    """A network with everything that turns raw images into train ids: normalisation, protocols and class table.
 
     Args:
         network: returns ``SegmentationOutput`` before the last upsampling; has ``align_corners``.
         classes: class table of the data set it was trained on.
         mean: RGB mean in [0, 1].
         std: RGB standard deviation in (0, 1].
-        protocols: name -> how a picture becomes a prediction, as :func:`config.protocols` fills it in; the first is the
-            one that :meth:`forward` and :meth:`predict` use.
+        protocols: name -> how an image becomes a prediction; the first is the one that :meth:`forward` and
+            :meth:`predict` use. Names become part of scores and files.
         max_pixels_per_batch: bounds what is forwarded at a time, as in :func:`predict`.
         precision: ``fp32``, or mixed with ``fp16`` or ``bf16``, of every prediction: also of those within a training
             that has another.
+
+    Raises:
+        ValueError: a value that is not accepted; the message begins with its name.
     """
 
     mean: Tensor
@@ -294,20 +344,30 @@ class Segmenter(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        classes: ClassTable,
+        classes: "ClassTable",
         mean: Sequence[float],
         std: Sequence[float],
-        protocols: Mapping[str, ProtocolConfig],
-        max_pixels_per_batch: int = EvaluationConfig.max_pixels_per_batch,
+        protocols: Mapping[str, Protocol],
+        max_pixels_per_batch: int = 4 * 1024**2,
         precision: str = "fp32",
     ) -> None:
         super().__init__()
+        names_ok = len(protocols) > 0 and all(re.fullmatch(r"\w[\w.-]*", name) for name in protocols)
+        for name, value, ok, accepted in (
+            ("mean", mean, len(mean) == 3 and _are_numbers(mean, 0, 1), "three values in [0, 1]"),
+            ("std", std, len(std) == 3 and _are_numbers(std, _TINY, 1), "three values in (0, 1]"),
+            ("protocol", list(protocols), names_ok, "at least one, each a name of letters, digits, '_', '-' and '.'"),
+            ("max_pixels_per_batch", max_pixels_per_batch, max_pixels_per_batch >= 1, "an integer of at least 1"),
+            ("precision", precision, precision in _AUTOCAST, " | ".join(_AUTOCAST)),
+        ):
+            _require(ok, name, value, accepted)
         self.network = network
         self.classes = classes
+        self.normalization = {"mean": list(mean), "std": list(std)}
         self.protocols = dict(protocols)
         self.max_pixels_per_batch = max_pixels_per_batch
         self.precision = precision
-        # In units of raw pixels, so that normalising a uint8 picture is one subtraction and one multiplication.
+        # In units of raw pixels, so that normalising a uint8 image is one subtraction and one multiplication.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -323,28 +383,21 @@ class Segmenter(nn.Module):
     def predictions(self, image: Tensor, names: Iterable[str]) -> dict[str, Prediction]:
         """(B, 3, H, W) uint8 RGB -> what each of the protocols that are named predicts."""
         named = {name: self.protocols[name] for name in names}
-        with torch.autocast(image.device.type, _AUTOCAST.get(self.precision), enabled=self.precision in _AUTOCAST):
+        with torch.autocast(image.device.type, _AUTOCAST[self.precision], enabled=self.precision != "fp32"):
             found = predict(self.network, self.normalize(image), list(named.values()), self.max_pixels_per_batch)
         return dict(zip(named, found, strict=True))
 
     @torch.inference_mode()
     def predict(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Segment one picture of any size.
+        """Segment one image of any size: (H, W, 3) uint8 RGB -> (H, W) uint8 train ids.
 
-        Args:
-            rgb: (H, W, 3) uint8, channels in the order red, green, blue.
-
-        Returns:
-            (H, W) uint8 train ids; ``classes.names`` and ``classes.palette`` say what they mean.
-
-        Raises:
-            ValueError: another shape or dtype.
+        ``classes.names`` and ``classes.palette`` say what they mean. Another shape or dtype is a ValueError.
         """
         if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or 0 in rgb.shape:
-            raise ValueError(f"predict takes an RGB picture (H, W, 3) of dtype uint8, got {rgb.shape} of {rgb.dtype}")
+            raise ValueError(f"predict takes an RGB image (H, W, 3) of dtype uint8, got {rgb.shape} of {rgb.dtype}")
         was_training = self.training
         self.eval()
-        image = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None].to(self.mean.device)
+        image = torch.as_tensor(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None].to(self.mean.device)
         mask = self(image)[0].to("cpu", torch.uint8).numpy()
         self.train(was_training)
         return mask

@@ -2,16 +2,15 @@
 
 The source is compiled by NVRTC through cuda.core for the device at hand; neither nvcc nor a host compiler is needed.
 The result is kept in cuda.core's program cache (``~/.cache/cuda-python/program-cache``, moved by ``XDG_CACHE_HOME``).
-``kernels/README.md`` describes the algorithm; :func:`bisenet.ops.ohem_cross_entropy` is the public function.
-
+``kernels/README.md`` describes the algorithm; :func:`bisenet.losses.ohem_cross_entropy` is the public function.
 Shapes: N images, C classes, (h, w) the size of a head, (H, W) the size of the labels.
 """
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,17 +22,14 @@ log = logging.getLogger(__name__)
 
 LOGIT_TYPES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
 LABEL_TYPES = {torch.uint8: "uint8", torch.int64: "int64"}
+IGNORED = 255  # label of the pixels that do not count
 KERNELS = ("ohem_forward", "ohem_refine", "ohem_backward")
-BLOCK = 128
-"""Threads in a block; the source says the same."""
-MAX_SPECIALIZED_CLASSES = 32
-"""Up to here the kernel is compiled for the very number of classes, which then fit into registers."""
-_TILE_ROWS = 32
-"""Rows of pixels that a block of the forward pass walks down; the most that the source has room for."""
-_GRADIENT_ROWS = 64
-"""About so many rows of pixels that a block of the backward pass walks down, and the most rows of logits."""
-_STATE_WORDS = 10 + 3 * 2048
-"""Size of ``State`` in the source, in words of 64 bits."""
+MAX_SPECIALIZED_CLASSES = 32  # up to here the kernel is compiled for the very number, which then fits into registers
+_CHUNK = 16  # with more, a block of the backward pass takes so many classes
+_TILE_ROWS = 32  # rows of pixels that a block of the forward pass walks down; the most that the source has room for
+_GRADIENT_ROWS = 64  # about so many rows of pixels that a block of the backward pass walks down
+_MOST_GRADIENT_ROWS = 63  # the most rows of logits that the source has room for
+_STATE_WORDS = 10 + 3 * 2048  # size of ``State`` in the source, in words of 64 bits
 
 Argument = Tensor | int | float
 
@@ -43,24 +39,27 @@ class Specialization(NamedTuple):
 
     logit: str
     label: str
-    classes: int
-    """0: any number."""
+    classes: int  # 0: any number
+    offset: str = "int"  # type of the distance of two logits of an image
+
+    @property
+    def block(self) -> int:
+        """Threads in a block: shared memory grows with classes and threads."""
+        return 64 if self.classes > 20 else 128
 
     @property
     def macros(self) -> list[tuple[str, str]]:
         """Preprocessor definitions."""
-        return [("OHEM_LOGIT", self.logit), ("OHEM_LABEL", self.label), ("OHEM_CLASSES", str(self.classes))]
+        return [(f"OHEM_{name.upper()}", str(value)) for name, value in self._asdict().items()]
 
 
 class Library(Protocol):
-    """Compiled kernels. ``launch`` takes tensors as pointers, ints as 64 bits and floats as 32."""
+    """Compiled kernels. ``launch`` starts ``grid`` blocks; tensors are pointers, ints have 64 bits and floats 32."""
 
     block: int
     multiprocessors: int
 
-    def launch(self, kernel: str, grid: int, *arguments: Argument) -> None:
-        """Start ``grid`` blocks of ``block`` threads."""
-        ...
+    def launch(self, kernel: str, grid: int, *arguments: Argument) -> None: ...  # noqa: D102
 
 
 def source_path() -> Path:
@@ -76,26 +75,21 @@ def source_path() -> Path:
 def compile_source(arch: str, specialization: Specialization, *, cache: Any = None, logs: Any = None) -> Any:
     """Compile for an architecture such as ``sm_90``; needs no GPU.
 
-    Args:
-        arch: the architecture.
-        specialization: types and number of classes.
-        cache: a ``cuda.core.utils.ProgramCacheResource`` to look in first.
-        logs: where ptxas writes registers and spills; an object with ``write``.
-
-    Returns:
-        A ``cuda.core.ObjectCode`` with a cubin.
+    ``cache`` is a ``cuda.core.utils.ProgramCacheResource`` to look in first; ptxas writes registers and spills to
+    ``logs.write``. Returns a ``cuda.core.ObjectCode`` with a cubin.
     """
     from cuda.core import Program  # type: ignore[attr-defined]
 
     options = _options(arch, specialization, ["-v"] if logs else None)
-    return Program(source_path().read_text(), "c++", options).compile("cubin", cache=cache, logs=logs)
+    with_cache = {} if cache is None else {"cache": cache}  # which cuda.core before 1.0 does not know
+    return Program(source_path().read_text(), "c++", options).compile("cubin", logs=logs, **with_cache)
 
 
 def _options(arch: str, specialization: Specialization, ptxas_options: list[str] | None = None) -> Any:
     from cuda.core import ProgramOptions  # type: ignore[attr-defined]
 
-    macros: Any = specialization.macros
-    return ProgramOptions(name="ohem.cu", arch=arch, std="c++17", define_macro=macros, ptxas_options=ptxas_options)
+    settings: dict[str, Any] = {"define_macro": specialization.macros, "ptxas_options": ptxas_options}
+    return ProgramOptions(name="ohem.cu", arch=arch, std="c++17", **settings)
 
 
 def _load(arch: str, specialization: Specialization) -> dict[str, Any]:
@@ -106,62 +100,39 @@ def _load(arch: str, specialization: Specialization) -> dict[str, Any]:
         return {name: code.get_kernel(name) for name in KERNELS}
 
     try:
-        from cuda.core.utils import FileStreamProgramCache  # type: ignore[import-not-found]
+        from cuda.core.utils import FileStreamProgramCache, make_program_cache_key  # type: ignore[import-not-found]
 
         return kernels(FileStreamProgramCache())
     except Exception as error:  # no cache in this cuda.core, a folder that cannot be written, a damaged entry
         compiled = kernels(None)  # raises again where the cache is not to blame
         _warn_once(f"compiled without the cache of compiled kernels, which failed: {type(error).__name__}: {error}")
-    with suppress(Exception):
-        _forget(arch, specialization)
+    with suppress(Exception):  # so that the next process writes the entry anew
+        source, options = source_path().read_text(), _options(arch, specialization)
+        key = make_program_cache_key(code=source, code_type="c++", options=options, target_type="cubin")
+        del FileStreamProgramCache()[key]
     return compiled
 
 
-def _forget(arch: str, specialization: Specialization) -> None:
-    """Remove an entry from the cache, so that the next process writes it anew."""
-    from cuda.core.utils import FileStreamProgramCache, make_program_cache_key  # type: ignore[import-not-found]
-
-    source, options = source_path().read_text(), _options(arch, specialization)
-    key = make_program_cache_key(code=source, code_type="c++", options=options, target_type="cubin")
-    del FileStreamProgramCache()[key]
-
-
-@cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
-
-
-class _CurrentStream:
-    """PyTorch's current stream in CUDA's stream protocol, which streams of older versions do not have."""
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        legacy = 1  # CU_STREAM_LEGACY is PyTorch's default stream; 0 is another one if cuda.core is told so
-        return 0, torch.cuda.current_stream().cuda_stream or legacy
+_warn_once = cache(log.warning)
 
 
 class _CudaLibrary:
-    block = BLOCK
-
     def __init__(self, device: int, specialization: Specialization) -> None:
-        from cuda.core import Device, LaunchConfig, launch  # type: ignore[attr-defined]
+        from cuda.core import Device, LaunchConfig, Stream, launch  # type: ignore[attr-defined]
 
         major, minor = torch.cuda.get_device_capability(device)
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.block = specialization.block
         Device(device).set_current()
         self._kernels = _load(f"sm_{major}{minor}", specialization)
-        self._launch, self._config = launch, LaunchConfig
+        self._config = lru_cache(lambda grid: LaunchConfig(grid=grid, block=self.block))
+        self._launch, self._stream = launch, lru_cache(maxsize=128)(Stream.from_handle)
 
     def launch(self, kernel: str, grid: int, *arguments: Argument) -> None:
-        values = [
-            value.data_ptr()
-            if isinstance(value, Tensor)
-            else np.int64(value)
-            if isinstance(value, int)
-            else np.float32(value)
-            for value in arguments
-        ]
-        config = self._config(grid=grid, block=self.block)
-        self._launch(_CurrentStream(), config, self._kernels[kernel], *values)
+        stream = self._stream(torch.cuda.current_stream().cuda_stream or 1)  # CU_STREAM_LEGACY; 0 may mean another
+        pointers = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+        values = [np.float32(value) if type(value) is float else value for value in pointers]
+        self._launch(stream, self._config(grid), self._kernels[kernel], *values)
 
 
 @cache
@@ -172,25 +143,39 @@ def library(device: torch.device, specialization: Specialization) -> Library:
     return _CudaLibrary(torch.cuda.current_device() if device.index is None else device.index, specialization)
 
 
-def specialize(dtype: torch.dtype, label_dtype: torch.dtype, classes: int) -> Specialization:
-    """What the source must be compiled for to take these types and so many classes."""
-    known = classes if classes <= MAX_SPECIALIZED_CLASSES else 0
-    return Specialization(LOGIT_TYPES[dtype], LABEL_TYPES[label_dtype], known)
+def specialize(
+    dtype: torch.dtype = torch.float16, label_dtype: torch.dtype = torch.uint8, classes: int = 19, wide: bool = False
+) -> Specialization:
+    """What the source must be compiled for to take these types and so many classes; ``wide``: 64-bit offsets."""
+    known, offset = classes if classes <= MAX_SPECIALIZED_CLASSES else 0, "int64" if wide else "int"
+    return Specialization(LOGIT_TYPES[dtype], LABEL_TYPES[label_dtype], known, offset)
 
 
-_USUAL = Specialization("half", "uint8", 19)
-
-
-def why_not(device: torch.device | None = None, specialization: Specialization = _USUAL) -> str | None:
-    """Why the kernel cannot run on a device (the current one), None if it can. Compiles it."""
+def missing() -> str | None:
+    """What is missing of a CUDA device and cuda.core; None where the kernel may run. Touches no device."""
     if not torch.cuda.is_available():
         return "no CUDA device"
+    try:
+        __import__("cuda.core")
+    except ImportError as error:
+        return f"{error}: install the extra `cuda` (pip install -e '.[cuda]')"
+    return None
+
+
+def why_not(device: torch.device | None = None, *types: Any) -> str | None:
+    """Why the kernel cannot run on a device (the current one), None if it can. Compiles it, for types as `specialize`.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which cannot contain a compilation.
+    """
+    if reason := missing():
+        return reason
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the loss compiles its kernel at the first call: call it once before capturing a CUDA graph")
     device = device or torch.device("cuda", torch.cuda.current_device())
     try:
         with _on(device):
-            library(device, specialization)
-    except ImportError as error:
-        return f"{error}: install the extra `cuda` (pip install -e '.[cuda]')"
+            library(device, specialize(*types))
     except Exception as error:  # whatever the compiler or the driver says
         return f"{type(error).__name__}: {error}"
     return None
@@ -208,9 +193,8 @@ class _Axis(NamedTuple):
 
     @classmethod
     def make(cls, size: int, full: int, align_corners: bool) -> "_Axis":
-        if align_corners:
-            return cls(size, full, float(np.float32(size - 1) / np.float32(full - 1)) if full > 1 else 0.0)
-        return cls(size, full, float(np.float32(size) / np.float32(full)))
+        parts, whole = (size - 1, full - 1) if align_corners else (size, full)
+        return cls(size, full, float(np.float32(parts) / np.float32(whole)) if whole else 0.0)
 
     def pixels_near(self, count: int) -> int:
         """At most so many pixels are interpolated from one of ``count`` neighbours (count + 1 cells)."""
@@ -219,35 +203,58 @@ class _Axis(NamedTuple):
         exact = math.frexp(self.scale)[0] == 0.5 and self.size == self.scale * self.full  # else rounding may add one
         return min(self.full, math.ceil((count + 1) / self.scale) + (not exact))
 
+    def pixels_beside(self, count: int) -> int:
+        """So many neighbouring pixels lie between ``count`` logits or fewer, wherever they begin."""
+        return self.full if self.scale == 0 else 1 + math.floor(max(count - 3, 0) / self.scale)
 
-def gradient_tile(vertical: _Axis, horizontal: _Axis, block: int) -> tuple[int, int]:
+
+def gradient_tile(vertical: _Axis, horizontal: _Axis, block: int, most_columns: int) -> tuple[int, int]:
     """Rows and columns of logits whose gradient one block writes: their pixels fit in a row of ``block`` threads."""
-    columns = min(horizontal.size, block)
+    columns = min(horizontal.size, most_columns)
     while columns > 1 and horizontal.pixels_near(columns) > block:
         columns -= 1
     if horizontal.pixels_near(columns) > block:
         return 1, 1
     rows = 1 if vertical.scale == 0 else round(_GRADIENT_ROWS * vertical.scale)
-    return max(1, min(rows, vertical.size, _GRADIENT_ROWS)), columns
+    return max(1, min(rows, vertical.size, _MOST_GRADIENT_ROWS)), columns
 
 
-def _axes(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[_Axis, _Axis]:
-    vertical, horizontal = (
-        _Axis.make(size, full, align_corners) for size, full in zip(logits.shape[-2:], target.shape[-2:], strict=True)
-    )
-    return vertical, horizontal
+class _Plan(NamedTuple):
+    """How both passes are launched."""
+
+    geometry: tuple[Argument, ...]  # the arguments of that name in the source, but for tensors
+    grids: tuple[int, int]
+    forward_tile: tuple[int, int]
+    backward_tile: tuple[int, int]
 
 
-def _geometry(
-    logits: Tensor, target: Tensor, vertical: _Axis, horizontal: _Axis, align_corners: bool
-) -> list[Argument]:
-    """The arguments that both passes begin with."""
-    sizes = (logits.shape[1], vertical.size, horizontal.size, vertical.full, horizontal.full)
-    return [logits, *logits.stride(), target, *sizes, vertical.scale, horizontal.scale, int(align_corners)]
+@lru_cache(maxsize=256)
+def _plan(shapes: tuple[torch.Size, ...], align_corners: bool, specialization: Specialization, block: int) -> _Plan:
+    (images, classes, *size), strides, (_, *full) = shapes  # of logits, their strides, of labels
+    most = specialization.block // 2  # columns of logits that shared memory has room for, but for those at the rim
+    vertical, horizontal = (_Axis.make(*sizes, align_corners) for sizes in zip(size, full, strict=True))
+    width = min(block, horizontal.pixels_beside(most + 3))
+    rows, columns = gradient_tile(vertical, horizontal, block, most)
+    chunks = 1 if specialization.classes else -(-classes // _CHUNK)
+    forward = images * -(-vertical.full // _TILE_ROWS) * -(-horizontal.full // width)
+    backward = chunks * images * -(-vertical.size // rows) * -(-horizontal.size // columns)
+    if max(forward, backward) >= 2**31:
+        raise ValueError("more blocks of threads than a CUDA grid has (2^31 - 1): use a smaller batch")
+    geometry = (*strides, *shapes[0], *full, vertical.scale, horizontal.scale, int(align_corners))
+    return _Plan(geometry, (forward, backward), (_TILE_ROWS, width), (rows, columns))
+
+
+def _prepare(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[Library, _Plan]:
+    _, classes, height, width = logits.shape
+    farthest = max(classes * height * width, classes * logits.stride(1) + width * logits.stride(3))
+    specialization = specialize(logits.dtype, target.dtype, classes, farthest >= 2**31)
+    kernels = library(logits.device, specialization)
+    shapes = logits.shape, torch.Size(logits.stride()), target.shape
+    return kernels, _plan(shapes, align_corners, specialization, kernels.block)
 
 
 @contextmanager
-def _on(device: torch.device) -> Iterator[None]:
+def _on(device: torch.device) -> Generator[None]:
     """Make a CUDA device current, and its context that of this thread, as a launch through the driver needs it.
 
     Entering ``torch.cuda.device`` does nothing where the number is current already, as 0 is in a new thread, such as
@@ -261,13 +268,6 @@ def _on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _blocks(*counts: int) -> int:
-    blocks = math.prod(counts)
-    if blocks >= 2**31:
-        raise ValueError(f"{blocks} blocks of threads are more than a CUDA grid has (2^31 - 1): use a smaller batch")
-    return blocks
-
-
 @torch.library.custom_op("bisenet::ohem_cross_entropy", mutates_args=())
 def ohem(
     logits: Tensor,
@@ -276,63 +276,40 @@ def ohem(
     numerator: int,
     denominator: int,
     kept_only: bool,
-    ignore_index: int,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Forward pass.
+    """Forward pass: loss, number kept, and for the backward pass the loss map (N, H, W) and the selection.
 
     Args:
         logits: (N, C, h, w), float32, float16 or bfloat16, any strides.
         target: (N, H, W), uint8 or int64.
-        hard_loss: a pixel is hard above this loss.
-        numerator: n_min, or its numerator as a fraction of the valid pixels.
-        denominator: of that fraction, or 0.
-        kept_only: divide by the number kept, not by the larger of it and n_min.
-        ignore_index: label that does not count.
+        hard_loss: and the three that follow are :class:`bisenet.losses.Rule`.
         align_corners: as in ``interpolate``.
-
-    Returns:
-        loss, number kept, and for the backward pass the loss map (N, H, W) and the selection (cut, share, scale).
     """
     target = target.contiguous()
-    losses = logits.new_empty(target.shape, dtype=torch.float32)
-    new = logits.new_empty if losses.numel() else logits.new_zeros  # the kernel writes them, where it runs
-    loss, kept = new((), dtype=torch.float32), new((), dtype=torch.int64)
-    selection = new(3, dtype=torch.float32)
+    new = logits.new_empty if target.numel() else logits.new_zeros  # the kernel writes them, where it runs
+    loss, losses, selection = (new(shape, dtype=torch.float32) for shape in ((), target.shape, 3))
+    kept = new((), dtype=torch.int64)
     if not losses.numel():
         return loss, kept, losses, selection
     with _on(logits.device):
-        kernels = library(logits.device, specialize(logits.dtype, target.dtype, logits.shape[1]))
-        vertical, horizontal = _axes(logits, target, align_corners)
-        grid = _blocks(len(target), -(-vertical.full // _TILE_ROWS), -(-horizontal.full // kernels.block))
+        kernels, plan = _prepare(logits, target, align_corners)
         refine_grid = min(8 * kernels.multiprocessors, -(-losses.numel() // kernels.block))
         state = logits.new_zeros(_STATE_WORDS, dtype=torch.int64)
-        slots = logits.new_empty(max(grid, refine_grid), dtype=torch.float64)
-        kernels.launch(
-            "ohem_forward",
-            grid,
-            *_geometry(logits, target, vertical, horizontal, align_corners),
-            len(target),
-            ignore_index,
-            float(hard_loss),
-            numerator,
-            denominator,
-            int(kept_only),
-            _TILE_ROWS,
-            losses,
-            *(results := (state, slots, selection, loss, kept)),
-        )
+        slots = logits.new_empty(max(plan.grids[0], refine_grid), dtype=torch.float64)
+        rule = float(hard_loss), numerator, denominator, int(kept_only)
+        results = state, slots, selection, loss, kept
+        given = (logits, target, *plan.geometry, *rule, *plan.forward_tile, losses)
+        kernels.launch("ohem_forward", plan.grids[0], *given, *results)
         for level in range(3):
             kernels.launch("ohem_refine", refine_grid, losses, losses.numel(), level, *results)
     return loss, kept, losses, selection
 
 
 @ohem.register_fake
-def _(logits, target, hard_loss, numerator, denominator, kept_only, ignore_index, align_corners):
-    scalar = logits.new_empty((), dtype=torch.float32)
-    kept = logits.new_empty((), dtype=torch.int64)
-    losses = logits.new_empty(target.shape, dtype=torch.float32)
-    return scalar, kept, losses, logits.new_empty(3, dtype=torch.float32)
+def _(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, losses, selection = (logits.new_empty(shape, dtype=torch.float32) for shape in ((), target.shape, (3,)))
+    return loss, logits.new_empty((), dtype=torch.int64), losses, selection
 
 
 @torch.library.custom_op("bisenet::ohem_cross_entropy_backward", mutates_args=())
@@ -345,30 +322,14 @@ def ohem_backward(
     if not losses.numel() or not gradient.numel():
         return gradient.zero_()
     with _on(logits.device):
-        kernels = library(logits.device, specialize(logits.dtype, target.dtype, logits.shape[1]))
-        vertical, horizontal = _axes(logits, target, align_corners)
-        rows, columns = gradient_tile(vertical, horizontal, kernels.block)
-        classes = logits.shape[1]
-        chunks = 1 if classes <= MAX_SPECIALIZED_CLASSES else -(-classes // 16)
-        grid = _blocks(chunks, len(logits), -(-vertical.size // rows), -(-horizontal.size // columns))
-        geometry = _geometry(logits, target, vertical, horizontal, align_corners)
-        kernels.launch(
-            "ohem_backward",
-            grid,
-            *geometry,
-            losses,
-            selection,
-            upstream.contiguous(),
-            rows,
-            columns,
-            gradient,
-            *gradient.stride(),
-        )
+        kernels, plan = _prepare(logits, target, align_corners)
+        given = (logits, target, *plan.geometry, losses, selection, upstream.contiguous(), *plan.backward_tile)
+        kernels.launch("ohem_backward", plan.grids[1], *given, gradient, *gradient.stride())
     return gradient
 
 
 @ohem_backward.register_fake
-def _(upstream, logits, target, losses, selection, align_corners):
+def _(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
@@ -376,12 +337,14 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     logits, target, *_, align_corners = inputs
     _, kept, losses, selection = output
     ctx.mark_non_differentiable(kept, losses, selection)
+    ctx.set_materialize_grads(False)  # else a gradient of zeros for each of the outputs, one as large as the map
     ctx.save_for_backward(logits, target, losses, selection)
     ctx.align_corners = align_corners
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return ohem_backward(upstream, *ctx.saved_tensors, ctx.align_corners), *[None] * 7
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradient = None if upstream is None else ohem_backward(upstream, *ctx.saved_tensors, ctx.align_corners)
+    return gradient, *[None] * 6
 
 
 ohem.register_autograd(_backward, setup_context=_keep_for_backward)

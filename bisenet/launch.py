@@ -1,127 +1,81 @@
-"""Start a training in as many processes as its strategy asks for. Light: torch is imported in those processes only.
+"""Run a function in one process for each device of this machine, by torch's elastic launcher.
 
-The job itself starts torchrun, with its configuration in a file, so that it is the same on one device and on several,
-alone and as a job of a sweep, on CPUs (gloo) and on GPUs (NCCL). Lightning's own relaunch would repeat the whole sweep
-in every child. Where torchrun has been started by the user, on several nodes, each process trains as it is.
+Lightning's own relaunch would repeat a whole sweep in every child. The elastic launcher starts only the function,
+passes on the error of the process that failed first, and ends the others.
 """
 
 import ctypes
-import json
+import importlib
 import logging.config
 import os
 import signal
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-import traceback
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from omegaconf import DictConfig
-
-from bisenet import config
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+def processes_here(devices: Any) -> int:
+    """How many processes Lightning's ``Trainer(devices=...)`` needs on this machine; 1 where torchrun has started us.
+
+    Args:
+        devices: a number, a list of device numbers, or ``auto``: as many as there are GPUs.
+    """
+    if "LOCAL_RANK" in os.environ:
+        return 1
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices)
+    if str(devices).isdecimal():
+        return int(devices)
+    import torch  # heavy: only where it must be asked
+
+    return max(1, torch.cuda.device_count())
 
 
-def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """Train as :func:`bisenet.experiment.train` does, here or in one process for each device of this node.
+def run(function: str, argument: Any, processes: int, job_logging: Mapping[str, Any]) -> Any:
+    """Call a function in several processes, and return what the first one returned.
+
+    Args:
+        function: as ``module:name``, imported in the processes only.
+        argument: plain data.
+        processes: how many.
+        job_logging: for ``logging.config.dictConfig`` in the first process, which speaks for all.
 
     Raises:
         ChildProcessError: a process failed; the message is that of its error.
-        ValueError: as ``experiment.train``, or a run that is to be resumed elsewhere.
     """
-    if cfg.resume is not None and Path(cfg.resume).resolve() != run_dir.resolve():
-        raise ValueError(f"hydra.run.dir: got {run_dir}, accepted: {cfg.resume}, where the run that is resumed lies")
-    if cfg.strategy.name == "single" or "LOCAL_RANK" in os.environ:
-        from bisenet import experiment  # heavy: only once the configuration is sound
-
-        return experiment.train(cfg, run_dir)
-    if cfg.trainer.num_nodes > 1:
-        raise ValueError(
-            f"trainer.num_nodes: got {cfg.trainer.num_nodes}, accepted: 1, unless torchrun starts scripts/train.py on "
-            "every node: torchrun --nnodes ... --nproc-per-node ... scripts/train.py ... (see the README)"
-        )
-    job = {"config": config.plain(cfg), "logging": config.job_logging(), "command": sys.argv, "run_dir": str(run_dir)}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "job.json")
-        file.write_text(json.dumps(job))
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.trainer.devices))}
-        if code := _run([sys.executable, "-m", "bisenet.launch", str(file)], threads | os.environ):
-            raise ChildProcessError(f"strategy=ddp: {_first_error(Path(folder), code)}")
-    return json.loads((run_dir / "results.json").read_text())
-
-
-def _first_error(folder: Path, code: int) -> str:
-    """What the process that failed first has left; the others fail for want of it. Goes to the log of the job."""
-    errors = [json.loads(file.read_text()) for file in folder.glob("error_*.json")]
-    if not errors:
-        return f"a process ended with code {code} and without an error, as one that is killed for want of memory"
-    first = min(errors, key=lambda error: error["time"])
-    if first["traceback"]:
-        log.error("process %d failed:\n%s", first["rank"], first["traceback"])
-    return f"process {first['rank']}: {first['message']}"
-
-
-def _run(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command that ends with this process however that ends: else it would train on, and beside a resumption."""
-
-    def stop(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours:  # a launcher such as submitit has its own
-        signal.signal(signal.SIGTERM, stop)
-    child = subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent)
-    try:
-        return child.wait()
-    finally:
-        child.terminate()  # ends its processes; nothing happens where it has ended
-        child.wait()
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _end_with_parent() -> None:
-    """In the child: have Linux end it when its parent is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _torchrun(file: Path) -> None:
-    """The parent of the processes; their job makes the report of a failure, which torchrun would bury."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    devices = json.loads(file.read_text())["config"]["trainer"]["devices"]
+    for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.multiprocessing.errors"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # it would print the traceback that follows
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        start_method="spawn", max_restarts=0, run_id=str(os.getpid()),
+    )  # fmt: skip
     try:
-        main(["--standalone", "--nproc-per-node", str(devices), "-m", "bisenet.launch", str(file)])
+        return elastic_launch(config, _call)(function, argument, dict(job_logging), sys.argv)[0]
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        raise SystemExit(code if code > 0 else 128 - code) from None
+        rank, failure = error.get_first_failure()
+        content: Any = failure.error_file_data.get("message", {})
+        if not isinstance(content, dict):
+            reason = (
+                f"ended with code {failure.exitcode} and without an error, as one that is killed for want of memory"
+            )
+            raise ChildProcessError(f"process {rank} of {processes} {reason}") from None
+        message = content["message"]
+        if not message.startswith(("ValueError", "FileNotFoundError", "FloatingPointError")):
+            log.error("process %d failed:\n%s", rank, content["extraInfo"]["py_callstack"])
+        raise ChildProcessError(f"process {rank} of {processes}: {message}") from None
 
 
-def _worker(file: Path) -> None:
-    """One of the processes that torchrun starts."""
-    job = json.loads(file.read_text())
-    sys.argv = job["command"]  # what the run was started with, for its provenance
-    rank = int(os.environ["RANK"])
-    if rank == 0:
-        logging.config.dictConfig(job["logging"])
-    from bisenet import experiment
-
-    try:
-        experiment.train(config.restore(job["config"]), Path(job["run_dir"]))
-    except Exception as error:
-        told = {"time": time.time(), "rank": rank, "message": f"{type(error).__name__}: {error}"}
-        told["traceback"] = "" if isinstance(error, config.TELLING) else traceback.format_exc()
-        file.with_name(f"error_{rank}.json").write_text(json.dumps(told))
-        raise SystemExit(1) from None
-
-
-if __name__ == "__main__":
-    (_worker if "LOCAL_RANK" in os.environ else _torchrun)(Path(sys.argv[1]))
+def _call(function: str, argument: Any, job_logging: dict[str, Any], argv: list[str]) -> Any:
+    if sys.platform == "linux":  # end with the parent, however that ends: else it would train on, beside a resumption
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <linux/prctl.h>
+    sys.argv = argv  # what the run was started with, for its provenance
+    if os.environ["RANK"] == "0":
+        logging.config.dictConfig(job_logging)
+    module, name = function.split(":")
+    return getattr(importlib.import_module(module), name)(argument)

@@ -1,105 +1,116 @@
-"""Losses as modules: a criterion scores one head, :class:`DeepSupervision` applies it to all heads of a network."""
+"""Losses on logits at the heads' own stride: bilinear upsampling, cross entropy and hard example mining in one.
 
+The heads answer at stride 2 to 16 and the labels have full size, so the upsampling is part of the loss: it need never
+exist as a whole. Online hard example mining (arXiv 1604.03540), here over pixels, averages only the pixels that the
+network still gets wrong, and at least a given number of them.
+
+Shapes: N images, C classes, (h, w) the size of a head, (H, W) the size of the labels. Pixels labelled 255 do not count.
+"""
+
+# pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+import logging
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from bisenet.networks import SegmentationOutput
-from bisenet.ops import NORMALIZERS, as_fraction, cross_entropy, ohem_cross_entropy, require_implementation
+from bisenet import kernel
+
+if TYPE_CHECKING:
+    from bisenet.networks import SegmentationOutput
+
+log = logging.getLogger(__name__)
+
+_TILE = 64  # side of the square of full-size pixels upsampled at a time on the CPU: 19 classes of it stay in cache
+_ONE_AT_A_TIME = threading.RLock()  # held while the number of threads, which belongs to the process, is another
 
 
-class OhemCrossEntropy(nn.Module):
+class Rule(NamedTuple):
+    """Which pixels are kept, in the kernel's terms."""
+
+    hard_loss: float  # a pixel is hard above it
+    numerator: int  # n_min; or its numerator as a fraction of the valid pixels, exact: 0.29 of 100 is 29, in float 28
+    denominator: int  # of that fraction, or 0
+    kept_only: bool  # divide by the number kept, not by the larger of it and n_min
+
+
+_EVERYTHING = Rule(-0.5, 0, 0, True)  # a loss is never negative, so all are above this one
+
+
+def _rule(threshold: Any, min_kept: Any, normalizer: str) -> Rule:
+    if not (isinstance(threshold, int | float) and 0 < threshold <= 1):
+        raise ValueError(f"threshold: got {threshold!r}, accepted: a probability in (0, 1]")
+    if normalizer not in ("kept", "at_least_n_min"):
+        raise ValueError(f"normalizer: got {normalizer!r}, accepted: kept | at_least_n_min")
+    if isinstance(min_kept, int) and 0 <= min_kept < 2**63:
+        fraction = min_kept, 0
+    elif isinstance(min_kept, float) and 0 <= min_kept <= 1:
+        fraction = Fraction(min_kept).limit_denominator(10**9).as_integer_ratio()
+    else:
+        accepted = "a float in [0, 1] (fraction) or an int in [0, 2^63) (count)"
+        raise ValueError(f"min_kept: got {min_kept!r}, accepted: {accepted}")
+    return Rule(-math.log(threshold), *fraction, normalizer == "kept")
+
+
+class _Criterion(nn.Module):
+    class_weights: Tensor | None
+
+    def __init__(self, rule: Rule, class_weights: Sequence[float] | None, impl: str) -> None:
+        super().__init__()
+        weights = None if class_weights is None else torch.tensor(list(class_weights), dtype=torch.float32)
+        if weights is not None and not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+            raise ValueError(f"class_weights: got {class_weights}, accepted: finite numbers of at least 0, not all 0")
+        if impl not in ("auto", "torch", "cuda"):
+            raise ValueError(f"impl: got {impl!r}, accepted: auto | torch | cuda")
+        if impl == "cuda" and weights is not None:
+            raise ValueError("impl: got 'cuda' with class_weights, accepted: auto | torch; the kernel has none")
+        if impl == "cuda" and (reason := kernel.missing()):
+            raise RuntimeError(f"impl 'cuda': the kernel cannot be built: {reason}")
+        self.rule = rule
+        self.register_buffer("class_weights", weights)
+        self.impl = impl
+
+    def forward(self, logits: Tensor, target: Tensor, align_corners: bool = False) -> tuple[Tensor, Tensor]:
+        """Return loss and number of pixels kept; shapes, types and errors as :func:`ohem_cross_entropy`."""
+        return _loss(logits, target, self.rule, align_corners, self.class_weights, self.impl)
+
+
+class OhemCrossEntropy(_Criterion):
     """Cross entropy over the hard pixels of the batch, at least ``min_kept`` of them.
 
-    Args:
-        threshold: a pixel is hard when its class has a probability below this, in (0, 1].
-        min_kept: the least to keep: a float in [0, 1] is a fraction of the valid pixels (0.0625: ``valid // 16``, the
-            reference's rule), an int of at least 0 a count (the older V1 rule).
-        normalizer: divide by the number ``kept`` or by ``at_least_n_min`` (older V1).
-        ignore_index: label of the pixels that do not count.
-        class_weights: weight of each class in the mean over the pixels kept; None: the plain mean.
-        impl: ``auto``, ``torch`` or ``cuda``, see :func:`bisenet.ops.ohem_cross_entropy`.
+    Arguments as :func:`ohem_cross_entropy`; 0.0625 of the pixels is the reference's rule, a count and
+    ``at_least_n_min`` that of the older V1.
 
     Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: ``impl="cuda"`` where the kernel cannot be built.
+        ValueError: an argument outside its range; class weights that are negative, infinite or all 0, or meet ``cuda``.
+        RuntimeError: ``impl="cuda"`` without a CUDA device or cuda.core.
     """
-
-    class_weights: Tensor | None
 
     def __init__(
         self,
         threshold: float = 0.7,
         min_kept: float | int = 0.0625,
         normalizer: str = "kept",
-        ignore_index: int = 255,
         class_weights: Sequence[float] | None = None,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        self.register_buffer("class_weights", _weights(class_weights))
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold: got {threshold}, accepted: a probability in (0, 1]")
-        as_fraction(min_kept)  # refuses what is neither a fraction nor a count
-        if normalizer not in NORMALIZERS:
-            raise ValueError(f"normalizer: got {normalizer!r}, accepted: {' | '.join(NORMALIZERS)}")
-        require_implementation(impl)
-        self.threshold = threshold
-        self.min_kept = min_kept
-        self.normalizer = normalizer
-        self.ignore_index = ignore_index
-        self.impl = impl
-
-    def forward(self, logits: Tensor, target: Tensor, align_corners: bool = False) -> tuple[Tensor, Tensor]:
-        """Return loss and number of pixels kept; see :func:`bisenet.ops.ohem_cross_entropy`."""
-        return ohem_cross_entropy(
-            logits,
-            target,
-            threshold=self.threshold,
-            min_kept=self.min_kept,
-            normalizer=self.normalizer,
-            ignore_index=self.ignore_index,
-            align_corners=align_corners,
-            class_weights=self.class_weights,
-            impl=self.impl,
-        )
+        super().__init__(_rule(threshold, min_kept, normalizer), class_weights, impl)
 
 
-class CrossEntropy(nn.Module):
-    """Mean cross entropy over all pixels but those labelled ``ignore_index``, weighted by class where that is asked.
+class CrossEntropy(_Criterion):
+    """Mean cross entropy over all pixels with a class; arguments and errors as :class:`OhemCrossEntropy`."""
 
-    ``impl`` as for OHEM.
-    """
-
-    class_weights: Tensor | None
-
-    def __init__(
-        self, ignore_index: int = 255, class_weights: Sequence[float] | None = None, impl: str = "auto"
-    ) -> None:
-        super().__init__()
-        require_implementation(impl)
-        self.ignore_index = ignore_index
-        self.register_buffer("class_weights", _weights(class_weights))
-        self.impl = impl
-
-    def forward(self, logits: Tensor, target: Tensor, align_corners: bool = False) -> tuple[Tensor, Tensor]:
-        """Return loss and number of valid pixels; see :func:`bisenet.ops.cross_entropy`."""
-        return cross_entropy(
-            logits,
-            target,
-            ignore_index=self.ignore_index,
-            align_corners=align_corners,
-            class_weights=self.class_weights,
-            impl=self.impl,
-        )
-
-
-def _weights(class_weights: Sequence[float] | None) -> Tensor | None:
-    return None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+    def __init__(self, class_weights: Sequence[float] | None = None, impl: str = "auto") -> None:
+        super().__init__(_EVERYTHING, class_weights, impl)
 
 
 def enet_class_weights(counts: np.ndarray) -> list[float]:
@@ -114,12 +125,9 @@ def enet_class_weights(counts: np.ndarray) -> list[float]:
 class SupervisedLoss(NamedTuple):
     """What :class:`DeepSupervision` returns, all 0-d; ``heads`` and ``kept`` start with the main head."""
 
-    total: Tensor
-    """The loss to minimise: main head + ``aux_weight`` x sum of the auxiliary heads."""
-    heads: tuple[Tensor, ...]
-    """The loss of each head, unweighted."""
-    kept: tuple[Tensor, ...]
-    """int64: the number of pixels that made the loss of each head."""
+    total: Tensor  # the loss to minimise: main head + ``aux_weight`` x sum of the auxiliary heads
+    heads: tuple[Tensor, ...]  # the loss of each head, unweighted
+    kept: tuple[Tensor, ...]  # int64: the number of pixels that made the loss of each head
 
 
 class DeepSupervision(nn.Module):
@@ -133,12 +141,283 @@ class DeepSupervision(nn.Module):
     def __init__(self, criterion: nn.Module, aux_weight: float = 1.0) -> None:
         super().__init__()
         if not 0 <= aux_weight < math.inf:
-            raise ValueError(f"aux_weight: got {aux_weight}, accepted: a finite number of at least 0")
+            raise ValueError(f"aux_weight: got {aux_weight!r}, accepted: a finite number of at least 0")
         self.criterion = criterion
         self.aux_weight = aux_weight
 
-    def forward(self, output: SegmentationOutput, target: Tensor, align_corners: bool = False) -> SupervisedLoss:
+    def forward(self, output: "SegmentationOutput", target: Tensor, align_corners: bool = False) -> SupervisedLoss:
         """Score all heads of ``output`` against ``target`` (N, H, W)."""
         scores = [self.criterion(logits, target, align_corners) for logits in (output.logits, *output.aux)]
         heads, kept = zip(*scores, strict=True)
         return SupervisedLoss(heads[0] + self.aux_weight * sum(heads[1:]), heads, kept)
+
+
+def ohem_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    threshold: float,
+    min_kept: float | int,
+    normalizer: str,
+    align_corners: bool,
+    class_weights: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy over the hard pixels of a batch.
+
+    A pixel is valid when its label is not 255, and hard when the probability of its label is below ``threshold``. If
+    fewer than n_min pixels are hard, the n_min valid ones with the largest losses are kept instead; pixels that tie for
+    the last places share the remaining weight equally, so that value and gradient are deterministic.
+
+    Args:
+        logits: float32, float16, bfloat16 (computed in float32) or float64 (N, C, h, w), upsampled bilinearly to
+            (H, W) unless they have that size.
+        target: uint8 or int64 (N, H, W), class in [0, C) or 255.
+        threshold: probability in (0, 1].
+        min_kept: n_min: a float in [0, 1] is a fraction of the valid pixels, rounded down (1/16: ``valid // 16``);
+            an int is a count, of which no more can be kept than are valid.
+        normalizer: divide by the number ``kept``, or by ``at_least_n_min`` = max(kept, n_min), n_min as asked for.
+        align_corners: as in ``torch.nn.functional.interpolate``.
+        class_weights: float (C,). Pixels are selected by their unweighted losses; the mean over those kept
+            is then the weighted one, sum(w l) / sum(w), times kept / divisor where the divisor is not their number.
+        impl: ``torch`` is PyTorch code for any device, ``cuda`` the fused kernel (``kernels/README.md``), ``auto`` the
+            kernel where it runs: on CUDA, unless the logits are float64, there are ``class_weights``, it cannot be
+            compiled, or it fails a small example. The log says once which of them runs, and why. The first call of the
+            kernel for a type and number of classes waits for the device; call it once before a CUDA graph is captured.
+
+    Returns:
+        The loss (float32, or float64 for float64 logits) and the number of pixels kept (int64), both 0-d. Nothing
+        kept (an empty batch, all ignored, nothing hard and n_min 0): loss 0 with gradient 0. A NaN anywhere in the
+        logits makes the loss NaN. A class at -inf has probability 0 where nothing is upsampled; otherwise infinite
+        logits give infinity or NaN.
+
+    Raises:
+        ValueError: arguments outside their range; shapes or dtypes that do not fit; on the CPU, labels that are neither
+            a class nor 255 (on other devices these make the loss NaN, since raising would stall the device).
+        RuntimeError: ``impl="cuda"`` where the kernel cannot be built, or fails a small example.
+    """
+    return _loss(logits, target, _rule(threshold, min_kept, normalizer), align_corners, class_weights, impl)
+
+
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, align_corners: bool, class_weights: Tensor | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy over the valid pixels, and their number: :func:`ohem_cross_entropy` that keeps them all.
+
+    With ``class_weights`` it is the weighted mean of ``torch.nn.CrossEntropyLoss``.
+    """
+    return _loss(logits, target, _EVERYTHING, align_corners, class_weights, impl)
+
+
+def _loss(
+    logits: Tensor, target: Tensor, rule: Rule, align_corners: bool, class_weights: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    _check(logits, target, class_weights)
+    chosen = impl, logits.device, logits.dtype, target.dtype, logits.shape[1]
+    if impl != "torch" and class_weights is None and _kernel_runs(*chosen):
+        return kernel.ohem(logits, target, *rule, align_corners)[:2]
+    with _one_thread(logits.device.type == "cpu"):
+        losses, valid = _pixel_losses(logits, target, align_corners)
+        asked = valid * rule.numerator // rule.denominator if rule.denominator else valid * 0 + rule.numerator
+        weights, kept = _selection(losses.detach(), rule.hard_loss, torch.minimum(asked, valid))
+        divisor = (kept if rule.kept_only else torch.maximum(kept, asked)).clamp(min=1)
+        if class_weights is not None:
+            weights = weights * class_weights.to(losses)[target.long().clamp(0, len(class_weights) - 1)]
+            weights = weights * (kept / torch.where(weights.any(), weights.sum(), 1.0))
+        total = (weights * losses).sum()
+        if logits.numel():  # a NaN counts though it may touch ignored pixels only
+            total = total * torch.where(logits.detach().amax().isnan(), math.nan, 1.0)
+        return total / divisor, kept
+
+
+def _check(logits: Tensor, target: Tensor, class_weights: Tensor | None) -> None:
+    if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target):
+        shapes = f"logits {tuple(logits.shape)} and target {tuple(target.shape)}"
+        raise ValueError(f"{shapes} do not fit together; accepted are (N, C, h, w) and (N, H, W)")
+    if target.dtype not in kernel.LABEL_TYPES:
+        raise ValueError(f"target has dtype {target.dtype}; accepted are torch.uint8 and torch.int64")
+    if class_weights is not None and len(class_weights) != logits.shape[1]:
+        raise ValueError(f"class_weights: got {len(class_weights)}, accepted: as many as classes, {logits.shape[1]}")
+
+
+@torch.compiler.assume_constant_result
+def _kernel_runs(*arguments: Any) -> bool:
+    return _choose(*arguments)  # torch.compile would look through the cache if it were decorated itself
+
+
+@cache
+def _choose(impl: str, device: torch.device, dtype: torch.dtype, label_dtype: torch.dtype, classes: int) -> bool:
+    """Whether the kernel runs; says so, once for each kind of argument."""
+    if device.type != "cuda" or dtype not in kernel.LOGIT_TYPES:
+        if impl == "cuda":
+            accepted = ", ".join(map(str, kernel.LOGIT_TYPES))
+            raise ValueError(f"impl: got 'cuda' with {dtype} logits on {device}, accepted: {accepted} on a CUDA device")
+        log.info("loss: PyTorch implementation, for %s logits on %s", dtype, device)
+        return False
+    arguments = device, dtype, label_dtype, classes
+    reason = kernel.why_not(*arguments) or _disagreement(*arguments)
+    if reason and impl == "cuda":
+        raise RuntimeError(f"impl 'cuda': the kernel does not run here: {reason}")
+    if reason:
+        log.warning("loss: PyTorch implementation, because the CUDA kernel does not run here: %s", reason)
+    else:
+        log.info("loss: CUDA kernel, for %s logits of %d classes on %s", dtype, classes, device)
+    return not reason
+
+
+def _disagreement(device: torch.device, dtype: torch.dtype, label_dtype: torch.dtype, classes: int) -> str | None:
+    """What the kernel gets wrong in a small example; None where it agrees with the PyTorch implementation.
+
+    A device or a driver that nobody has tested must not train on a wrong loss.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        draw = torch.Generator().manual_seed(0)
+        example = torch.randn(2, classes, 5, 9, generator=draw).to(device, dtype)
+        target = torch.randint(classes, (2, 37, 70), generator=draw).to(device, label_dtype)
+        target[:, :5] = kernel.IGNORED
+        for rule in (Rule(math.log(classes), 0, 0, True), Rule(50.0, 1000, 0, True)):  # enough are hard; none is
+            theirs, ours = (example.clone().requires_grad_() for _ in range(2))
+            expected, _ = _loss(theirs, target, rule, False, None, "torch")
+            try:
+                found = kernel.ohem(ours, target, *rule, False)[0]
+                gradients = torch.autograd.grad(found, ours)[0], torch.autograd.grad(expected, theirs)[0]
+            except Exception as error:  # whatever the driver says
+                return f"{type(error).__name__}: {error}"
+            # a pixel on the edge of being hard may be kept by one of them
+            error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max().clamp(min=1e-4)
+            if not (abs(found - expected) <= 1e-4 + 0.02 * abs(expected) and error <= 0.1):
+                values = f"its loss for an example is {found:.5f} instead of {expected:.5f}"
+                return f"{values}, gradients differ by {error:.1%}"
+    return None
+
+
+@contextmanager
+def _one_thread(on_host: bool = True) -> Generator[None]:
+    """On the CPU: one thread (a parallel region for each tile would wait until all cores are free), no autocast."""
+    with _ONE_AT_A_TIME, torch.autocast("cpu", enabled=False):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if on_host else threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _selection(losses: Tensor, hard_loss: float, n_min: Tensor) -> tuple[Tensor, Tensor]:
+    """With what weight in [0, 1] each pixel is kept, and the number kept.
+
+    Kept are the losses above ``hard_loss``, or the ``n_min`` largest where fewer are above. Away from the host nothing
+    is read back from the device: both cases are computed and one is chosen there.
+    """
+    on_host = losses.device.type == "cpu"
+    hard = ~(losses <= hard_loss)  # a NaN too
+    n_hard = hard.count_nonzero()
+    if losses.numel() == 0 or (on_host and n_hard >= n_min):
+        return hard.to(losses.dtype), n_hard
+
+    flat = losses.flatten()
+    if on_host:
+        nth_largest = flat.kthvalue(flat.numel() - int(n_min) + 1).values
+    else:
+        nth_largest = flat.sort(descending=True).values.gather(0, (n_min - 1).clamp(min=0).view(1))[0]
+    too_few = n_hard < n_min
+    cut = torch.where(too_few, nth_largest, hard_loss)
+    above, at_cut = ~(losses <= cut), losses == cut
+    share = torch.where(too_few, (n_min - above.count_nonzero()).to(losses.dtype) / at_cut.count_nonzero(), 0.0)
+    return above + share * at_cut, torch.where(too_few, n_min, n_hard)
+
+
+def _pixel_losses(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
+    """Cross entropy of every pixel (N, H, W), -1 where ignored, and the number of valid pixels (0-d int64)."""
+    on_host = logits.device.type == "cpu"
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    classes = logits.shape[1]
+    if classes > 256:
+        target = target.long()  # a comparison in uint8 would wrap the number
+    ignored = target == kernel.IGNORED
+    unknown = ~ignored & ((target < 0) | (target > classes - 1))
+    if on_host and unknown.any():
+        ids = target[unknown].unique().tolist()
+        raise ValueError(
+            f"target holds {ids}; accepted are the classes 0 to {classes - 1} and {kernel.IGNORED} (ignored)"
+        )
+    labels = target.masked_fill(ignored | unknown, 0)
+    full_size = target.shape[-2:]
+    if on_host and logits.shape[-2:] != full_size:
+        losses: Tensor = _TiledCrossEntropy.apply(logits, labels, align_corners)
+    else:
+        if logits.shape[-2:] != full_size:
+            logits = F.interpolate(logits, full_size, mode="bilinear", align_corners=align_corners)
+        losses = F.cross_entropy(logits, labels.long(), reduction="none")
+    if not on_host:
+        losses = losses * torch.ones_like(losses).masked_fill(unknown, math.nan)
+    return losses.masked_fill(ignored, -1.0), ignored.numel() - ignored.count_nonzero()
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    """Cross entropy of bilinearly upsampled logits for the CPU, one small tile at a time, recomputed backward.
+
+    Tiles stay in cache, which is faster than upsampling the whole although it is done twice, and no tensor as large as
+    the full-size logits is made. Tiles without gradient (nothing hard in them) are skipped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        sizes = zip(logits.shape[2:], labels.shape[1:], strict=True)
+        ctx.spans = [_spans(*size, align_corners, logits.dtype) for size in sizes]
+        losses = logits.new_empty(labels.shape)
+        for image, its_labels, its_losses in zip(logits, labels, losses, strict=True):
+            for rows in ctx.spans[0]:
+                band = rows.weights @ image[:, rows.source]  # (C, <= 64, w)
+                for cols in ctx.spans[1]:
+                    here = rows.pixels, cols.pixels
+                    tile = band[:, :, cols.source] @ cols.weights.T  # (C, <= 64, <= 64)
+                    label = its_labels[here].long()[None]
+                    its_losses[here] = F.cross_entropy(tile[None], label, reduction="none")[0]
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    @_one_thread()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        logits, labels = ctx.saved_tensors
+        grad_logits = torch.zeros_like(logits)
+        for image, its_labels, its_grad, its_result in zip(logits, labels, grad, grad_logits, strict=True):
+            for rows in ctx.spans[0]:
+                band = rows.weights @ image[:, rows.source]
+                grad_band = torch.zeros_like(band)
+                for cols in ctx.spans[1]:
+                    here = rows.pixels, cols.pixels
+                    if not its_grad[here].any():
+                        continue
+                    grad_tile = torch.softmax(band[:, :, cols.source] @ cols.weights.T, 0)
+                    label = its_labels[here].long()[None]
+                    grad_tile.scatter_add_(0, label, grad_tile.new_full((), -1.0).expand(label.shape))
+                    grad_tile *= its_grad[here]
+                    grad_band[:, :, cols.source] += grad_tile @ cols.weights
+                its_result[:, rows.source] += rows.weights.T @ grad_band
+        return grad_logits, None, None
+
+
+class _Span(NamedTuple):
+    """Up to 64 full-size pixels along one axis: which they are, what they are interpolated from, and how."""
+
+    pixels: slice
+    source: slice
+    weights: Tensor  # (pixels, source)
+
+
+@lru_cache(maxsize=64)
+def _spans(size: int, full_size: int, align_corners: bool, dtype: torch.dtype) -> list[_Span]:
+    """Cut one axis into spans. The weights are torch's own: what it makes of the unit vectors."""
+    unit = torch.eye(size, dtype=dtype)[None]
+    weights = F.interpolate(unit, full_size, mode="linear", align_corners=align_corners)[0].T  # (full_size, size)
+    spans: list[_Span] = []
+    for start in range(0, full_size, _TILE):
+        pixels = slice(start, start + _TILE)
+        used = weights[pixels].any(0).nonzero()
+        source = slice(int(used[0]), int(used[-1]) + 1)
+        spans.append(_Span(pixels, source, weights[pixels, source].contiguous()))
+    return spans

@@ -4,6 +4,7 @@ IoU is the plain ratio of summed pixels, as in the official Cityscapes evaluatio
 nowhere, and a class that occurs neither in the labels nor in the predictions is left out of the mean.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -1,14 +1,47 @@
-"""Parameter groups as rules over module names, learning rates as functions of the step, and the fp16 loss scale."""
+"""Parameter groups as rules over module names, and learning rates as functions of the step."""
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from bisenet.config import GroupRule
+
+@dataclass(frozen=True)
+class GroupRule:
+    """Which parameters a group takes, and how they are trained.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    layers: Sequence[str] | None = None
+    """Modules (dotted names) whose parameters match; None: all; an empty list switches the rule off."""
+    kind: str = "any"
+    """``weight`` (two or more dimensions), ``norm_bias`` (one: norm scales, shifts and biases) or ``any``."""
+    lr_multiplier: float = 1.0
+    """Learning rate relative to the optimizer's."""
+    weight_decay: float | None = None
+    """None: the optimizer's."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, str):
+            raise ValueError(f"layers: got {self.layers!r}, accepted: null or a list of module names")
+        if self.kind not in ("weight", "norm_bias", "any"):
+            raise ValueError(f"kind: got {self.kind!r}, accepted: weight | norm_bias | any")
+        for key in ("lr_multiplier", "weight_decay"):
+            value = getattr(self, key)
+            if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise ValueError(f"{key}: got {value!r}, accepted: a number of at least 0")
+
+    def matches(self, path: str, parameter: nn.Parameter) -> bool:
+        """Whether the rule takes a parameter."""
+        inside = self.layers is None or any(path.startswith(f"{layer}.") for layer in self.layers)
+        return inside and (self.kind == "any" or (parameter.ndim > 1) == (self.kind == "weight"))
 
 
 def parameter_groups(
@@ -32,26 +65,21 @@ def parameter_groups(
     for name, rule in rules.items():
         if unknown := [layer for layer in rule.layers or () if layer not in modules]:
             there = ", ".join(child for child, _ in network.named_children())
-            raise ValueError(f"rule {name!r}: no layers {unknown}; accepted: {there}, or modules inside them")
+            raise ValueError(f"{name}.layers: no layers {unknown}; accepted: {there}, or modules inside them")
 
     active = {name: rule for name, rule in rules.items() if rule.layers is None or rule.layers}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in active}
-    left_over = []
     for path, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        name = next((name for name, rule in active.items() if _matches(rule, path, parameter)), None)
-        if name is None:
-            left_over.append(path)
-        else:
+        if parameter.requires_grad:
+            name = next((name for name, rule in active.items() if rule.matches(path, parameter)), None)
+            if name is None:
+                raise ValueError(f"no rule among {list(active)} takes the parameter {path}; accepted: rules for all")
             members[name].append(parameter)
-    if left_over:
-        raise ValueError(f"parameters {left_over} match none of the rules {list(active)}; accepted: rules for all")
     for name, parameters in members.items():
         if not parameters:
-            where = "any layer" if active[name].layers is None else f"layers {list(active[name].layers or ())}"
+            where = f"layers {list(active[name].layers or ())}" if active[name].layers else "any layer"
             raise ValueError(
-                f"rule {name!r}: no trainable parameter of kind {active[name].kind!r} in {where} is left for it; "
+                f"{name}: no trainable parameter of kind {active[name].kind!r} in {where} is left for it; "
                 "accepted: a rule that takes one, or layers: [] to switch it off"
             )
     return [
@@ -65,130 +93,97 @@ def parameter_groups(
     ]
 
 
-def _matches(rule: GroupRule, path: str, parameter: nn.Parameter) -> bool:
-    is_weight = parameter.ndim > 1
-    inside = rule.layers is None or any(path.startswith(f"{layer}.") for layer in rule.layers)
-    return inside and (rule.kind == "any" or is_weight == (rule.kind == "weight"))
-
-
-def describe_groups(groups: Sequence[Mapping[str, Any]]) -> str:
-    """One line for each of :func:`parameter_groups`: name, tensors, parameters, learning rate, weight decay."""
-    rows = [("group", "tensors", "parameters", "lr", "weight decay")]
-    for group in groups:
-        size = sum(parameter.numel() for parameter in group["params"])
-        rows.append(
-            (group["name"], str(len(group["params"])), f"{size:,}", f"{group['lr']:g}", f"{group['weight_decay']:g}")
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *numbers in rows:
-        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
-
-
-def warmup_poly(
-    step: int,
-    *,
-    total_steps: int,
-    warmup_steps: int,
-    warmup_ratio: float,
-    power: float = 0.9,
-    warmup: str = "exponential",
-) -> float:
-    """Share of the learning rate at ``step``: warmup to 1, then (1 - progress)^power (arXiv 1808.00897, section 4.1).
-
-    Progress is counted over the steps that the warmup leaves of ``total_steps``, as both generations of the reference
-    do. The share is 0 from ``total_steps`` on.
+def warmup_ratio_at(step: int, steps: int, ratio: float, shape: str) -> float:
+    """Share of the learning rate at a step of the warmup, from ``ratio`` at step 0 to 1 at ``steps``.
 
     Args:
         step: optimisation steps done, from 0.
-        total_steps: length of the training, warmup included.
-        warmup_steps: steps until the share is 1; 0: none.
-        warmup_ratio: share at step 0, in (0, 1].
-        power: exponent of the decay.
-        warmup: ``exponential`` (the logarithm of the share is a line) or ``linear``.
+        steps: length of the warmup; at and after it the share is 1.
+        ratio: share at step 0, in (0, 1].
+        shape: ``exponential`` (the logarithm of the share is a line) or ``linear``.
+    """
+    if step >= steps:
+        return 1.0
+    return ratio ** (1 - step / steps) if shape == "exponential" else ratio + (1 - ratio) * step / steps
+
+
+class WarmupConstant(LambdaLR):
+    """A warmup, then the full learning rate.
+
+    Args:
+        optimizer: whose learning rates; stepped after every optimisation step.
+        warmup_steps: steps until the full learning rate; 0: no warmup.
+        warmup_ratio: share of the learning rate at step 0, in (0, 1].
+        warmup: ``exponential`` or ``linear``, see :func:`warmup_ratio_at`.
 
     Raises:
-        ValueError: nothing is left after the warmup.
+        ValueError: a value outside its range.
     """
-    progress = _progress(step, total_steps, warmup_steps)
-    return _warmup(step, warmup_steps, warmup_ratio, warmup) if progress < 0 else (1 - progress) ** power
+
+    def __init__(
+        self, optimizer: Optimizer, *, warmup_steps: int, warmup_ratio: float = 0.1, warmup: str = "exponential"
+    ) -> None:
+        if not warmup_steps >= 0:
+            raise ValueError(f"warmup_steps: got {warmup_steps}, accepted: an integer of at least 0")
+        if not 0 < warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio: got {warmup_ratio}, accepted: a number in (0, 1]")
+        if warmup not in ("exponential", "linear"):
+            raise ValueError(f"warmup: got {warmup!r}, accepted: exponential | linear")
+        self.warmup_steps = warmup_steps
+        rate = partial(warmup_ratio_at, steps=warmup_steps, ratio=warmup_ratio, shape=warmup)
+        super().__init__(optimizer, lambda step: rate(step) * self.decay(step))
+
+    def decay(self, step: int) -> float:
+        """Share that is left of the learning rate at a step after the warmup; 1 before."""
+        return 1.0
 
 
-def warmup_cosine(
-    step: int, *, total_steps: int, warmup_steps: int, warmup_ratio: float, warmup: str = "exponential"
-) -> float:
-    """As :func:`warmup_poly`, with half a cosine wave as the decay (arXiv 1608.03983).
+class WarmupPoly(WarmupConstant):
+    """A warmup, then (1 - progress)^power (arXiv 1808.00897, section 4.1).
+
+    Progress is counted over the steps that the warmup leaves of ``total_steps``, as both generations of the reference
+    do. The learning rate is 0 from ``total_steps`` on.
+
+    Args:
+        optimizer: as for :class:`WarmupConstant`, whose arguments ``warmup`` are.
+        total_steps: length of the training, warmup included.
+        power: exponent of the decay, above 0.
+        **warmup: see there.
+
+    Raises:
+        ValueError: a value outside its range, or nothing is left after the warmup.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, total_steps: int, power: float = 0.9, **warmup: Any) -> None:
+        if not 0 < power < math.inf:
+            raise ValueError(f"power: got {power}, accepted: a positive number")
+        if not total_steps > warmup.get("warmup_steps", 0):
+            steps = warmup.get("warmup_steps")
+            raise ValueError(f"warmup_steps: got {steps}, accepted: fewer than the {total_steps} steps of the training")
+        self.total_steps = total_steps
+        self.power = power
+        super().__init__(optimizer, **warmup)
+
+    def progress(self, step: int) -> float:
+        """Share of the decay that is done, in [0, 1]; past the end it stays 1, lest a power turn complex."""
+        done = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        return min(1.0, max(0.0, done))
+
+    def decay(self, step: int) -> float:
+        """Share that is left of the learning rate at a step."""
+        return (1 - self.progress(step)) ** self.power
+
+
+class WarmupCosine(WarmupPoly):
+    """A warmup, then half a cosine wave (arXiv 1608.03983).
 
     Departs: the reference measures the wave from step 0 although it is used after the warmup only, so that it starts
     below 1 and does not end at 0; here it starts after the warmup.
     """
-    progress = _progress(step, total_steps, warmup_steps)
-    if progress < 0:
-        return _warmup(step, warmup_steps, warmup_ratio, warmup)
-    return (1 + math.cos(math.pi * progress)) / 2
 
+    def __init__(self, optimizer: Optimizer, *, total_steps: int, **warmup: Any) -> None:
+        super().__init__(optimizer, total_steps=total_steps, **warmup)
 
-def constant(step: int, *, warmup_steps: int, warmup_ratio: float, warmup: str = "exponential") -> float:
-    """As :func:`warmup_poly`, without a decay."""
-    return _warmup(step, warmup_steps, warmup_ratio, warmup) if step < warmup_steps else 1.0
-
-
-def _warmup(step: int, steps: int, ratio: float, shape: str) -> float:
-    if shape == "exponential":
-        return ratio ** (1 - step / steps)
-    if shape == "linear":
-        return ratio + (1 - ratio) * step / steps
-    raise ValueError(f"warmup: got {shape!r}, accepted: exponential | linear")
-
-
-def _progress(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Share of the decay that is done, negative in the warmup; past the end it stays 1, lest a power turn complex."""
-    if total_steps <= warmup_steps:
-        raise ValueError(f"total_steps: got {total_steps}, accepted: more than warmup_steps, which is {warmup_steps}")
-    return min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
-
-
-class CountingGradScaler(torch.amp.GradScaler):
-    """Loss scaling for fp16 that counts the steps it skipped because a gradient overflowed.
-
-    Args:
-        device: ``cuda`` or ``cpu``.
-        **kwargs: passed to ``torch.amp.GradScaler``.
-    """
-
-    def __init__(self, device: str = "cuda", **kwargs: Any) -> None:
-        super().__init__(device, **kwargs)
-        self._on = device
-
-    # Made when they are first used: by then each process has chosen its own device.
-
-    @cached_property
-    def _one(self) -> Tensor:
-        return torch.ones((), device=self._on)
-
-    @cached_property
-    def _overflows(self) -> Tensor:
-        return torch.zeros((), device=self._on)
-
-    @property
-    def overflows(self) -> int:
-        """Steps skipped so far; reading it waits for the device."""
-        return int(self._overflows)
-
-    def update(self, new_scale: float | Tensor | None = None) -> None:
-        """Adapt the scale after a step; it falls when, and only when, the step overflowed. Nothing waits."""
-        before = self.scale(self._one)
-        super().update(new_scale)
-        self._overflows.add_(self.scale(self._one) < before)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of ``torch.amp.GradScaler``, and the count."""
-        return super().state_dict() | {"overflows": self.overflows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with a scale and a count."""
-        state = dict(state_dict)
-        self._overflows.fill_(state.pop("overflows"))
-        super().load_state_dict(state)
+    def decay(self, step: int) -> float:
+        """Share that is left of the learning rate at a step."""
+        return (1 + math.cos(math.pi * self.progress(step))) / 2

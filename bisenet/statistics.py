@@ -4,6 +4,9 @@ Pure functions on arrays, built on SciPy. Scores come in any unit (percentage po
 *group* holds one score per seed. Tests are two-sided.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false
+
+import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +15,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, special, stats
+from scipy import optimize as scipy_optimize
+from scipy import stats as scipy_stats
+
+optimize: Any = scipy_optimize  # SciPy has no types
+stats: Any = scipy_stats
 
 CONFIDENCE = 0.95
 ALPHA = 0.05
@@ -31,47 +38,48 @@ class Interval:
 
 @dataclass(frozen=True)
 class Summary:
-    """A group of scores. What one score cannot tell (spread, interval, resolution) is None."""
+    """A group of scores.
+
+    ``n`` counts the independent ones. ``sd`` is the standard deviation over the seeds (with n - 1), ``low`` and
+    ``high`` are the ends of Student's interval of the mean, and ``resolvable`` is the smallest true difference of two
+    groups of this n and spread that Welch's test finds with a power of 80 %. One score cannot tell these four: None.
+    """
 
     n: int
-    """Of the independent ones."""
     mean: float
     sd: float | None
-    """Standard deviation over the seeds, with n - 1."""
     low: float | None
-    """Lower end of the confidence interval of the mean (Student's t)."""
     high: float | None
-    """Upper end."""
     min: float
     max: float
     resolvable: float | None
-    """Smallest true difference of two groups with this n and spread that Welch's test finds with a power of 80 %."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of the first group minus mean of the second, over seeds."""
+    """Mean of the first group minus mean of the second, over seeds.
+
+    ``difference`` has Welch's interval, ``p`` is of Welch's test, not corrected for other tests. ``effect_size`` is
+    Hedges' g: the difference in standard deviations (root mean of both variances), without the bias of small groups.
+    """
 
     difference: Interval
-    """Welch's interval."""
     p: float
-    """Of Welch's test, not corrected for other tests."""
     effect_size: float
-    """Hedges' g: the difference in standard deviations (root mean of both variances), without the bias of small groups,
-    for groups of unequal spread and size."""
 
 
 @dataclass(frozen=True)
 class VarianceSplit:
-    """Spread between seeds and spread between repetitions of the same seed, as standard deviations."""
+    """Spread between seeds and spread between repetitions of the same seed, as standard deviations.
+
+    ``seed_sd`` is the component of the seeds alone: 0 where repetitions explain all of the spread, None with a single
+    seed. ``repeat_sd`` is what is not deterministic. ``p`` is of the hypothesis that seeds add nothing (F test); None
+    with a single seed, or where repetitions do not vary.
+    """
 
     seed_sd: float | None
-    """Component of the seeds alone; 0 where repetitions explain all of the spread, None with a single seed."""
     repeat_sd: float
-    """Of repetitions with the same seed: what is not deterministic."""
     p: float | None
-    """Of the hypothesis that seeds add nothing to what repetitions vary (F test); None with a single seed, or where
-    repetitions do not vary."""
 
 
 def summarize(values: ArrayLike, independent: int | None = None) -> Summary:
@@ -86,46 +94,46 @@ def summarize(values: ArrayLike, independent: int | None = None) -> Summary:
     n, mean = independent or len(scores), float(scores.mean())
     if n == 1:
         return Summary(1, mean, None, None, None, mean, mean, None)
-    sd = _sd(scores)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / n**0.5
-    return Summary(n, mean, sd, mean - half, mean + half, float(scores.min()), float(scores.max()), resolvable(n, sd))
+    sd, mean_of = _sd(scores), _t_test(_sample(scores, n))[0]
+    return Summary(n, mean, sd, mean_of.low, mean_of.high, scores.min().item(), scores.max().item(), resolvable(n, sd))
 
 
 def welch(first: ArrayLike, second: ArrayLike, independent: tuple[int, int] | None = None) -> Difference | None:
     """Compare the means of two groups of at least two scores, which may differ in spread and size.
 
-    Args:
-        first: scores.
-        second: scores.
-        independent: of each group, as for :func:`summarize`.
-
-    Returns:
-        None where neither has a spread: there is nothing to test against.
+    ``independent`` is that of each group, as for :func:`summarize`. None is returned where neither has a spread: there
+    is nothing to test against.
     """
     a, b = (_scores(name, v, at_least=2) for name, v in (("first", first), ("second", second)))
+    n = np.array(independent or (len(a), len(b)))
     variances = np.array([_sd(a), _sd(b)]) ** 2
     if not variances.any():
         return None
-    n = np.array(independent or (len(a), len(b)))
-    estimate, error = float(a.mean() - b.mean()), float((variances / n).sum() ** 0.5)
-    df = float(_satterthwaite(variances / n, n - 1))
-    low, high = stats.t.interval(CONFIDENCE, df, estimate, error)
-    p = 2 * float(stats.t.sf(abs(estimate) / error, df))
+    interval, p = _t_test(_sample(a, n[0]), _sample(b, n[1]))
     unbiased = 1 - 3 / (4 * float(_satterthwaite(variances, n - 1)) - 1)  # Hedges 1981, with the df of unequal spreads
-    g = unbiased * estimate / float(variances.mean() ** 0.5)
-    return Difference(Interval(estimate, float(low), float(high)), p, g)
+    return Difference(interval, p, unbiased * interval.estimate / float(variances.mean() ** 0.5))
 
 
 def paired(differences: ArrayLike, independent: int | None = None) -> tuple[Interval, float] | None:
-    """Interval and p (t test) of the mean of differences within the same runs, at least two; else as :func:`welch`."""
-    found = summarize(_scores("differences", differences, at_least=2), independent)
-    assert found.sd is not None
-    assert found.low is not None
-    assert found.high is not None
-    if found.sd == 0:
-        return None
-    p = 2 * float(stats.t.sf(abs(found.mean) / found.sd * found.n**0.5, found.n - 1))
-    return Interval(found.mean, found.low, found.high), p
+    """Interval and p (t test) of the mean of at least two differences within the same runs; else as :func:`welch`."""
+    scores = _scores("differences", differences, at_least=2)
+    return _t_test(_sample(scores, independent or len(scores))) if _sd(scores) else None
+
+
+def _sample(scores: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """n scores of the same mean and standard deviation, which are all that a t test sees of them."""
+    spread = np.linspace(-1.0, 1.0, n)
+    return scores.mean() + _sd(scores) / spread.std(ddof=1) * spread
+
+
+def _t_test(first: NDArray[np.float64], second: NDArray[np.float64] | None = None) -> tuple[Interval, float]:
+    """Mean of a sample, or difference of two means, with its confidence interval, and the p of its being 0."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of samples without a spread
+        found = stats.ttest_1samp(first, 0) if second is None else stats.ttest_ind(first, second, equal_var=False)
+        low, high = found.confidence_interval(CONFIDENCE)
+    estimate = first.mean() - (0 if second is None else second.mean())
+    return Interval(float(estimate), float(low), float(high)), float(found.pvalue)
 
 
 def _satterthwaite(variances: NDArray[np.float64], df: ArrayLike) -> Any:
@@ -143,25 +151,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def bootstrap_images(
-    first: Sequence[NDArray[np.int64]],
-    second: Sequence[NDArray[np.int64]],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
+    first: Sequence[NDArray[np.int64]], second: Sequence[NDArray[np.int64]], resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Difference of the mean mIoU of two groups of trained networks, with its interval over the images (percentile).
 
     The same resampled images are given to all runs, so that what makes an image hard cancels. The networks are held
     fixed: this interval says what other images of the kind would show, not what other seeds would.
 
-    Args:
-        first: one array for each run, int64 (n, 3, C): true positives, predicted and true pixels of each image.
-        second: likewise, the same images in the same order.
-        resamples: number of bootstrap samples.
-        seed: of the resampling.
-
-    Returns:
-        In [-1, 1].
+    ``first`` and ``second`` hold one array for each run over the same images, int64 (n, 3, C): true positives,
+    predicted and true pixels of each image.
     """
     counts = [np.asarray(run, dtype=np.float64) for run in (*first, *second)]
     n = len(counts[0])
@@ -169,19 +167,12 @@ def bootstrap_images(
         shapes = [run.shape for run in counts]
         raise ValueError(f"first, second: got {shapes}, accepted: at least one run each, all over the same images (2+)")
 
-    def difference(index: NDArray[np.intp], axis: int = -1) -> NDArray[np.float64]:
-        samples = index.reshape(-1, n)
-        flat = (samples + n * np.arange(len(samples))[:, None]).ravel()
-        times = np.bincount(flat, minlength=samples.size).reshape(-1, n).astype(np.float64)  # of each image
-        scores = np.stack([_miou(np.tensordot(times, run, axes=(1, 0))) for run in counts])
-        return (scores[: len(first)].mean(0) - scores[len(first) :].mean(0)).reshape(index.shape[:-1])
-
-    images = np.arange(n)
-    interval = stats.bootstrap(
-        (images,), difference, n_resamples=resamples, batch=250, vectorized=True, confidence_level=CONFIDENCE,
-        method="percentile", rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return Interval(float(difference(images)), float(interval.low), float(interval.high))
+    draws = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    times = np.stack([np.ones(n), *(np.bincount(draw, minlength=n) for draw in draws)])  # of each image, at first once
+    scores = np.stack([_miou(np.tensordot(times, run, axes=1)) for run in counts])
+    differences = scores[: len(first)].mean(0) - scores[len(first) :].mean(0)
+    low, high = np.quantile(differences[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(differences[0]), float(low), float(high))
 
 
 def _miou(counts: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -199,12 +190,9 @@ def power(difference: float, sds: tuple[float, float], n: int) -> float:
     t up to a factor. The power is averaged over the share's quantiles (Gauss-Legendre). The square of a noncentral t is
     a noncentral F, whose two tails are one: SciPy's lower tail of t underflows to NaN.
 
-    Args:
-        difference: of the means.
-        sds: standard deviations of the groups, not both 0.
-        n: scores in each of them.
+    ``sds`` are the standard deviations of the groups, not both 0.
     """
-    nodes, weights = special.roots_legendre(64)
+    nodes, weights = np.polynomial.legendre.leggauss(64)
     share = stats.beta.ppf((nodes + 1) / 2, (n - 1) / 2, (n - 1) / 2)
     variances = np.square(sds)
     estimated = variances[:, None] * np.stack([share, 1 - share])
@@ -214,30 +202,22 @@ def power(difference: float, sds: tuple[float, float], n: int) -> float:
 
 
 def resolvable(n: int, sd: float) -> float:
-    """Smallest difference that Welch's test of two groups of n >= 2 scores finds with a power of 80 %, if both have
-    this deviation.
-    """
-    if n < 2:
-        raise ValueError(f"n: got {n}, accepted: at least 2")
+    """Smallest difference that Welch's test of two groups of n >= 2 scores, both of this deviation, finds with 80 %."""
     return sd * _resolvable_effect(n)
 
 
 @cache
 def _resolvable_effect(n: int) -> float:
-    root: Any = optimize.brentq(lambda effect: power(effect, (1, 1), n) - POWER, 1e-3, 100)
-    return float(root)
+    def lacking(effect: float) -> float:
+        return power(effect, (1, 1), n) - POWER
+
+    return float(optimize.brentq(lacking, 1e-3, 100))
 
 
 def seeds_needed(difference: float, sds: tuple[float, float], most: int = 10_000) -> int | None:
     """Seeds per group with which Welch's test finds a difference of this size with a power of 80 %.
 
-    Args:
-        difference: of the means.
-        sds: standard deviations of the groups.
-        most: the highest number that is tried.
-
-    Returns:
-        None: more than ``most``.
+    None: more than ``most``. ``sds`` are the standard deviations of the groups.
     """
     if not difference > 0:
         raise ValueError(f"difference: got {difference}, accepted: a positive number")
@@ -250,11 +230,7 @@ def seeds_needed(difference: float, sds: tuple[float, float], most: int = 10_000
 def split_variance(groups: Sequence[ArrayLike]) -> VarianceSplit | None:
     """Split the variance by a one-way analysis with random effects (moment estimator, groups of any size).
 
-    Args:
-        groups: scores of the repetitions of each seed.
-
-    Returns:
-        None where no seed has two repetitions.
+    ``groups`` are the scores of the repetitions of each seed; None is returned where no seed has two.
     """
     scores = [_scores("groups", group, at_least=1) for group in groups]
     sizes = np.array([len(group) for group in scores])
@@ -268,9 +244,8 @@ def split_variance(groups: Sequence[ArrayLike]) -> VarianceSplit | None:
     between = float((sizes * (np.array([group.mean() for group in scores]) - grand) ** 2).sum()) / (k - 1)
     size = (total - (sizes**2).sum() / total) / (k - 1)
     seed_sd = max(0.0, (between - within) / size) ** 0.5
-    seed_sd = seed_sd if seed_sd > _ROUNDING * abs(grand) else 0.0
     p = float(stats.f.sf(between / within, k - 1, total - k)) if within > 0 else None
-    return VarianceSplit(seed_sd=seed_sd, repeat_sd=within**0.5, p=p)
+    return VarianceSplit(seed_sd if seed_sd > _ROUNDING * abs(grand) else 0.0, within**0.5, p)
 
 
 def _sd(scores: NDArray[np.float64]) -> float:

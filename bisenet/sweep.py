@@ -18,10 +18,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -33,17 +35,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bisenet import config
-
 if TYPE_CHECKING:
-    from bisenet import comparison
-    from bisenet.comparison import Run
+    from bisenet.compare import Run  # with SciPy and Matplotlib, which jobs do not need
 
 log = logging.getLogger(__name__)
 
+PRACTICAL = (
+    "data.root", "data.workers", "trainer.accelerator", "trainer.enable_progress_bar", "callbacks.progress", "logger",
+    "hydra", "run_dir",
+)  # fmt: skip
+"""Keys that may differ when a run is continued: they cannot change its result."""
 _FILE = "sweep.yaml"
 _SEEDS = ("seed", "init_seed", "data_seed", "repeat")  # a job is always known by them, so that others can be added
-_BESIDE = ("resume", "sweep", *config.HARMLESS)  # may differ between two commands for the same sweep
+_LISTS = ("without", "protocol", "callbacks", "logger")  # option groups of which several are chosen at once
 
 
 class SweepCallback(Callback):
@@ -78,31 +82,176 @@ def run(main: Callable[[], None]) -> None:
             summarize(SweepCallback.folder)
 
 
+def is_job() -> bool:
+    """Whether this runs as a job of a multirun."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def job(cfg: DictConfig) -> DictConfig | None:
+    """The configuration with which a job of a multirun continues in its folder; None: it is finished.
+
+    Raises:
+        ValueError: the folder holds a job that was begun with another configuration.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if cfg.resume is not None:
+        raise ValueError(f"resume: got {cfg.resume!r} in a multirun, accepted: its own command, which resumes its jobs")
+    _require_same(folder, _load(folder / ".hydra" / "config.yaml"), cfg, _ignored(_swept(HydraConfig.get())))
+    if (folder / "results.json").exists():
+        log.info("%s is finished already", folder.name)
+        return None
+    continued = cfg.copy()
+    continued.resume = str(folder)
+    return continued
+
+
+def job_dir(override_dirname: str) -> str:
+    """Folder of a job within its sweep, from Hydra's ``key=value,key=[a,b]``; another one for other overrides.
+
+    Brackets, which globs read, are taken from lists of options. Where other characters had to go, or the name was too
+    long, a digest keeps names apart.
+    """
+    lists = rf"(?<![^,])({'|'.join(_LISTS)})=\[([\w.,/-]*)\]"
+    plain = re.sub(lists, lambda found: f"{found[1]}={found[2].replace(',', '+') or 'nothing'}", override_dirname)
+    name = re.sub(r"[^\w=.,+-]", "-", plain)
+    if name != plain or len(name) > 200:  # file systems end at 255
+        name = f"{name[:190]}-{sha256(override_dirname.encode()).hexdigest()[:8]}"
+    return name or "run"
+
+
+OmegaConf.register_new_resolver("job_dir", job_dir, use_cache=True, replace=True)
+
+
 def summarize(folder: Path) -> None:
     """Show the table of a multirun, and write its summary into the folder, over that of an earlier command."""
-    from bisenet import comparison  # SciPy and Matplotlib: not needed by the jobs
+    from bisenet import compare
 
     runs, missing = read_runs([str(folder)])
-    summary = comparison.compare(runs, missing=missing)
-    comparison.show(summary)
-    comparison.write(summary, folder)
+    ablation = any(run.group == {"without": "nothing"} for run in runs)
+    summary = compare.compare(runs, missing=missing, baseline=compare.FULL_RECIPE if ablation else None)
+    compare.show(summary)
+    compare.write(summary, folder)
     log.info("summary: %s", folder / "summary.md")
-    if (folder / _FILE).exists():
-        node = OmegaConf.select(OmegaConf.create(_plain(_load(folder / _FILE).config)), "logger.wandb")
-        if node is not None:
-            _log_to_wandb(node, folder, comparison.sections(summary))
+    stored = _plain(_load(folder / _FILE).config) if (folder / _FILE).exists() else {}
+    if node := OmegaConf.select(OmegaConf.create(stored), "logger.wandb"):  # which interpolates into the whole
+        node.update(save_dir=str(folder), name="summary", job_type="summary", tags=["summary"])
+        logger = hydra.utils.instantiate(node, _convert_="all")
+        for section in compare.sections(summary):
+            if section.rows:
+                logger.log_table(f"summary/{section.title}", section.columns, section.rows)
+        if (folder / "summary.png").exists():
+            logger.log_image("summary/figure", [str(folder / "summary.png")])
+        logger.experiment.finish()
 
 
-def _log_to_wandb(node: DictConfig, folder: Path, sections: "Iterable[comparison.Section]") -> None:
-    """Give tables and figure to W&B, as one more run of the jobs' group."""
-    node.update(save_dir=str(folder), name="summary", job_type="summary", tags=["summary"])
-    logger = config.instantiate("logger.wandb", node)
-    for section in sections:
-        if section.rows:
-            logger.log_table(f"summary/{section.title}", list(section.columns), [list(row) for row in section.rows])
-    if (folder / "summary.png").exists():
-        logger.log_image("summary/figure", [str(folder / "summary.png")])
-    logger.experiment.finish()
+# ---------------------------------------------------------------- before the jobs
+
+
+def _begin(cfg: DictConfig) -> Path:
+    """Name folder and jobs in the configuration from which Hydra makes the jobs; record both."""
+    node = cfg.hydra
+    with open_dict(cfg):
+        node.overrides.task = [_repetitions(override) for override in node.overrides.task]
+        given = [f"{key}={value}" for key, value in (node.sweeper.params or {}).items()] + list(node.overrides.task)
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        overrides = {override.key_or_group: override for override in parser.parse_overrides(given)}  # the last counts
+        fixed = [key for key, override in overrides.items() if not override.is_sweep_override() and key not in _SEEDS]
+        if cfg.sweep.name is None:
+            chosen: Any = overrides["experiment"].value() if "experiment" in fixed else None
+            cfg.sweep.name = job_dir(
+                "+".join(map(str, chosen)) if isinstance(chosen, list) else str(chosen or cfg.name)
+            )
+        if not re.fullmatch(r"\w[\w.,=+-]*", cfg.sweep.name):
+            raise ValueError(f"sweep.name: got {cfg.sweep.name!r}, accepted: letters, digits and . , = + - _")
+        node.overrides.hydra += [
+            f"sweep.name={cfg.sweep.name}",  # some names depend on what is swept
+            f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'sweep.name'])}]",
+        ]
+    folder = Path(node.sweep.dir)
+    shared = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    begun = (folder / _FILE).exists() and any(folder.glob("*/provenance.json"))  # else all failed before they trained
+    if begun:
+        _require_same(folder, _load(folder / _FILE).config, shared, [*_ignored(()), *_SEEDS])
+    swept = [_said(override) for key, override in overrides.items() if key not in fixed]
+    names = [job_dir(",".join(sorted(lines))) for lines in itertools.product(*swept)]  # as Hydra's override_dirname
+    before = [name for name in _jobs(folder / _FILE) if (folder / name).is_dir()] if begun else []  # no mistyped ones
+    content = {"jobs": list(dict.fromkeys([*before, *names])), "config": _plain(shared)}
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{_FILE}.{os.getpid()}"
+    OmegaConf.save(OmegaConf.create(content), draft)
+    os.replace(draft, folder / _FILE)
+    return folder
+
+
+def _repetitions(override: str) -> str:
+    """``repeat=3`` stands for the repetitions 1, 2 and 3."""
+    found = re.fullmatch(r"repeat=(\d+)", override)
+    if found and not int(found[1]):
+        raise ValueError(f"repeat: got {found[1]}, accepted: an integer of at least 1")
+    return f"repeat={','.join(map(str, range(1, int(found[1]) + 1)))}" if found else override
+
+
+def _said(override: Override) -> list[str]:
+    """An override as the jobs get it, one for each of its values."""
+    key = override.get_key_element()
+    if override.is_sweep_override():
+        return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    return [f"{key}={override.get_value_element_as_str()}"]
+
+
+def _jobs(file: Path) -> list[str]:
+    """Folders of the jobs that a multirun has planned; empty where there was none."""
+    return list(_load(file).jobs) if file.exists() else []
+
+
+def _swept(node: Any) -> set[str]:
+    """What a job is known by, from its ``hydra`` node."""
+    several = "MULTIRUN" in str(node.mode)  # an enumeration, or as text in a file
+    keys = {_key(override) for override in node.overrides.task} if several else set()
+    return keys - set(node.job.config.override_dirname.exclude_keys)
+
+
+def _ignored(swept: Collection[str]) -> list[str]:
+    """Keys that may differ between two commands for the same job."""
+    return [key for key in (*PRACTICAL, "resume", "sweep") if key not in swept]
+
+
+def _require_same(folder: Path, stored: Any, now: DictConfig, ignored: Sequence[str]) -> None:
+    before, after = dict(_leaves(_plain(stored))), dict(_leaves(_plain(now)))
+    differences = [
+        f"{key}: {before.get(key, 'nothing')} there, {after.get(key, 'nothing')} now"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not _within(key, ignored)
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} was begun with another configuration:\n  " + "\n  ".join(differences) +
+            "\nThe same command continues it; sweep.name=<another> begins a new sweep"
+        )  # fmt: skip
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Full key and value of everything in a plain container that holds nothing further."""
+    if not isinstance(node, dict):
+        yield path, node
+    else:
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def _within(key: str, nodes: Sequence[str]) -> bool:
+    return any(key == node or key.startswith(f"{node}.") for node in nodes)
+
+
+def _plain(cfg: Any) -> Any:
+    return OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
+
+
+def _load(file: Path) -> Any:
+    return OmegaConf.load(file)
+
+
+# ---------------------------------------------------------------- after them
 
 
 def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[list[Run], dict[str, str]]":
@@ -111,7 +260,7 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
     Args:
         paths: run directories, folders that hold some at any depth, and globs of either.
         by: what groups them: names of option groups and keys of the configuration; None: what was overridden and
-            differs, but for seeds and what is harmless.
+            differs, but for seeds and what cannot change a result.
 
     Returns:
         The finished runs, and name -> what is wrong for those that are not, or were planned and never begun.
@@ -120,13 +269,14 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
         FileNotFoundError: nothing there.
         ValueError: a key that no run has, or that holds no single value.
     """
-    from bisenet.comparison import Run
+    from bisenet.compare import Run
 
-    places = [Path(place) for path in paths for place in (sorted(glob.glob(path)) or [path])]
+    if not paths or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"runs: got {paths}, accepted: run directories, folders of them and globs of either")
     stored: dict[Path, _Stored] = {}
     damaged: dict[Path, str] = {}
     planned: list[Path] = []
-    for place in places:
+    for place in [Path(place) for path in paths for place in (sorted(glob.glob(path)) or [path])]:
         for file in sorted(place.rglob(".hydra/config.yaml")):
             folder = file.parents[1]
             try:
@@ -135,14 +285,16 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
             except (OSError, AttributeError, TypeError, ValueError, YAMLError, OmegaConfBaseException) as error:
                 reason = (str(error).splitlines() or [""])[0]
                 damaged[folder] = f"its .hydra is incomplete or damaged ({type(error).__name__}: {reason})"
-        planned += [file.parent / job for file in sorted(place.rglob(_FILE)) for job in _jobs(file.parent)]
+        planned += [file.parent / name for file in sorted(place.rglob(_FILE)) for name in _jobs(file)]
     everything = list(dict.fromkeys([*stored, *damaged, *planned]))
     if not everything:
         raise FileNotFoundError(f"runs: no run in {', '.join(paths)}; accepted: run directories or folders of them")
     root = Path(os.path.commonpath([folder.parent for folder in everything]))
     varied = _varied(list(stored.values()))
     keys = varied if by is None else list(by)
-    rest = [key for key in varied if key not in keys]
+    if unknown := [key for key in by or () if any(found.value(key) is None for found in stored.values())]:
+        accepted = "option groups and single values of the configuration"
+        raise ValueError(f"by: got {unknown[0]!r}, accepted: {accepted}")
 
     runs, missing = [], {}
     for folder in everything:
@@ -154,17 +306,10 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
         elif (results := _results(folder)) is None:
             missing[name] = "its results.json is damaged, or of another version of bisenet"
         else:
-            runs.append(
-                Run(
-                    name=name,
-                    folder=folder,
-                    arm={key: (stored[folder].text if by is None else stored[folder].value)(key) for key in keys},
-                    seeds=stored[folder].seeds,
-                    results=results,
-                    beside={key: stored[folder].text(key) for key in rest},
-                    trained=_trained(stored[folder].config),
-                )
-            )
+            found = stored[folder]
+            group = {key: found.text(key) for key in keys}
+            ungrouped = {key: found.text(key) for key in varied if key not in keys}
+            runs.append(Run(name, folder, group, found.seeds, results, ungrouped))
     return runs, missing
 
 
@@ -180,172 +325,35 @@ class _Stored:
     """What Hydra wrote beside a run."""
 
     def __init__(self, folder: Path) -> None:
-        self.config = _load(folder / ".hydra" / "config.yaml")
+        self.config: Any = _load(folder / ".hydra" / "config.yaml")
         self.seeds: tuple[int, int] = (self.config.init_seed, self.config.data_seed)
-        self.choices = _load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
-        lines: list[str] = list(_load(folder / ".hydra" / "overrides.yaml"))
-        split = [line.lstrip("+~").partition("=") for line in lines]
-        self.overrides = {key: value for key, _, value in split}
+        node = _load(folder / ".hydra" / "hydra.yaml").hydra
+        self.choices, self.swept = dict(node.runtime.choices), _swept(node)
+        self.overrides = {_key(override): override.partition("=")[2] for override in node.overrides.task}
 
     def text(self, key: str) -> str:
         """As :meth:`value`; where there is none, what an override said."""
-        try:
-            return self.value(key)
-        except ValueError:
-            return self.overrides.get(key, "nothing")
+        return self.value(key) or self.overrides.get(key, "nothing")
 
-    def value(self, key: str) -> str:
-        """An option, several as ``a+b``, or a value of the configuration, as text.
-
-        Raises:
-            ValueError: it is neither.
-        """
-        if key in ("protocol", "callbacks", "logger"):  # by name, several at once
-            return "+".join(self.config.get(key) or ["nothing"])
-        if Path(config.conf_dir(), key).is_dir():  # Hydra records the choice of a group, but only if it is a single one
-            return config.job_dir(str(self.choices.get(key) or self.overrides.get(key, "nothing")))
-        value = OmegaConf.select(self.config, key, default=self)
-        if value is self or isinstance(value, DictConfig):
-            raise ValueError(f"by: got {key!r}, accepted: an option group or a single value of the configuration")
-        return str(value)
+    def value(self, key: str) -> str | None:
+        """An option, several as ``a+b``, or a value of the configuration, as text; None: it is neither."""
+        if key in _LISTS:  # Hydra records the choice of a group only where it is a single one
+            chosen = list(self.config.get(key) or re.findall(r"[^][,\s]+", self.overrides.get(key, "")))
+            return "+".join(sorted(chosen) if key == "without" else chosen) or "nothing"
+        if key in self.choices:
+            return self.choices[key] or "nothing"
+        value = OmegaConf.select(self.config, key, default=self, throw_on_resolution_failure=False)
+        return None if value is self or isinstance(value, DictConfig) else str(value)
 
 
 def _varied(stored: Sequence[_Stored]) -> list[str]:
     """Keys that some run has overridden and that have different values in the end."""
-    keys = dict.fromkeys(key for one in stored for key in one.overrides)
-    beside = {*_SEEDS, "sweep.name", *_BESIDE}
-    asked = [key for key in keys if key not in beside and key.partition(".")[0] != "logger"]
+    swept = set().union(*(one.swept for one in stored))
+    ignored = [*_SEEDS, *_ignored(swept - {*_SEEDS})]
+    asked = dict.fromkeys(key for one in stored for key in one.overrides if not _within(key, ignored))
     varied = [key for key in asked if len({one.text(key) for one in stored}) > 1]
     return varied or (["name"] if len({one.value("name") for one in stored}) > 1 else [])
 
 
-def _trained(cfg: DictConfig) -> frozenset[tuple[str, str]]:
-    """Keys and values that a training depends on, but for its seeds and for switches of what it does not have."""
-    beside = {*_SEEDS, *_BESIDE, "name", "logger", "hydra"}
-    if not OmegaConf.select(cfg, "model.output_layers"):
-        beside.add("optimizer.output_lr_multiplier")
-    if {OmegaConf.select(cfg, f"trainer.{key}") for key in ("devices", "num_nodes")} == {1}:
-        beside.add("strategy.sync_batchnorm")
-    return frozenset((key, repr(value)) for key, value in config.leaves(_plain(cfg)) if not _within(key, beside))
-
-
-def job(cfg: DictConfig) -> DictConfig | None:
-    """The configuration with which a job of a multirun continues in its folder; None: it is finished.
-
-    Raises:
-        ValueError: the folder holds a job that was begun with another configuration.
-    """
-    folder = config.output_dir()
-    if cfg.resume is not None:
-        raise ValueError(f"resume: got {cfg.resume!r} in a multirun, accepted: its own command, which resumes its jobs")
-    _require_same(str(folder), _load(folder / ".hydra" / "config.yaml"), cfg)
-    if (folder / "results.json").exists():
-        log.info("%s is finished already", folder.name)
-        return None
-    continued = cfg.copy()
-    continued.resume = str(folder)
-    return continued
-
-
-def is_job() -> bool:
-    """Whether this runs as a job of a multirun."""
-    return HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def _jobs(folder: Path) -> list[str]:
-    """Folders of the jobs that the multirun in a folder has planned; empty where there was none."""
-    file = folder / _FILE
-    return list(_load(file).jobs) if file.exists() else []
-
-
-def _load(file: Path) -> Any:
-    return OmegaConf.load(file)
-
-
-def _begin(cfg: DictConfig) -> Path:
-    """Name folder and jobs in the configuration from which Hydra makes the jobs; record both."""
-    hydra = cfg.hydra
-    with open_dict(cfg):
-        hydra.overrides.task = [_repetitions(override) for override in hydra.overrides.task]
-        given = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()] + list(hydra.overrides.task)
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        overrides = {override.key_or_group: override for override in parser.parse_overrides(given)}  # the last counts
-        fixed = [key for key, override in overrides.items() if not override.is_sweep_override() and key not in _SEEDS]
-        if cfg.sweep.name is None:
-            chosen = overrides.get("experiment")
-            name = (
-                chosen.get_value_element_as_str() if chosen and "experiment" in fixed and chosen.value() else cfg.name
-            )
-            cfg.sweep.name = config.job_dir(name).replace(",", "+")
-        config.typed(cfg.sweep)
-        hydra.overrides.hydra += [
-            f"sweep.name={cfg.sweep.name}",  # some names depend on what is swept
-            f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'sweep.name'])}]",
-        ]
-    folder = Path(hydra.sweep.dir)
-    shared = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    begun = (folder / _FILE).exists() and any(folder.glob("*/provenance.json"))  # else all failed before they trained
-    if begun:
-        _require_same(str(folder), _load(folder / _FILE).config, shared, beside=(*_BESIDE, *_SEEDS))
-    said = {key: _said(override) for key, override in overrides.items()}
-    if "without" in said:
-        _require_arms(cfg, [lines[:1] if key in _SEEDS else lines for key, lines in said.items()])
-    swept = [lines for key, lines in said.items() if key not in fixed]
-    names = [config.job_dir(",".join(sorted(job))) for job in itertools.product(*swept)]  # as Hydra's override_dirname
-    before = [job for job in _jobs(folder) if (folder / job).is_dir()] if begun else []  # without mistyped ones
-    content = {"jobs": list(dict.fromkeys([*before, *names])), "config": _plain(shared)}
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{_FILE}.{os.getpid()}"
-    OmegaConf.save(OmegaConf.create(content), draft)
-    os.replace(draft, folder / _FILE)
-    return folder
-
-
-def _said(override: Override) -> list[str]:
-    """An override as the jobs get it, one for each of its values."""
-    key = override.get_key_element()
-    if override.is_sweep_override():
-        return [f"{key}={value}" for value in override.sweep_string_iterator()]
-    return [f"{key}={override.get_value_element_as_str()}"]
-
-
-def _require_arms(cfg: DictConfig, overrides: Sequence[Sequence[str]]) -> None:
-    """Compose every arm of an ablation: each must go without what it says, and arms that are the same are named."""
-    known: dict[frozenset[tuple[str, str]], str] = {}
-    for lines in itertools.product(*overrides):
-        composed = GlobalHydra.instance().config_loader().load_sweep_config(cfg, list(lines))
-        config.require_off(composed, config.tricks_off(lines))
-        arm = ", ".join(line for line, options in zip(lines, overrides, strict=True) if len(options) > 1)
-        same = known.setdefault(_trained(composed), arm)
-        if same != arm:
-            log.warning("%s is the same configuration as %s, and will not be compared with it", arm, same)
-
-
-def _repetitions(override: str) -> str:
-    """``repeat=3`` stands for the repetitions 1, 2 and 3."""
-    found = re.fullmatch(r"repeat=(\d+)", override)
-    if found and not int(found[1]):
-        raise ValueError(f"repeat: got {found[1]}, accepted: an integer of at least 1")
-    return f"repeat={','.join(map(str, range(1, int(found[1]) + 1)))}" if found else override
-
-
-def _require_same(where: str, stored: Any, now: DictConfig, beside: Sequence[str] = _BESIDE) -> None:
-    before, after = dict(config.leaves(_plain(stored))), dict(config.leaves(_plain(now)))
-    differences = [
-        f"{key}: {before.get(key, 'nothing')} there, {after.get(key, 'nothing')} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _within(key, beside)
-    ]
-    if differences:
-        raise ValueError(
-            f"{where} was begun with another configuration:\n  " + "\n  ".join(differences) +
-            "\nThe same command continues it; sweep.name=<another> begins a new sweep"
-        )  # fmt: skip
-
-
-def _within(key: str, nodes: Iterable[str]) -> bool:
-    return any(key == node or key.startswith(f"{node}.") for node in nodes)
-
-
-def _plain(cfg: Any) -> Any:
-    return OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]

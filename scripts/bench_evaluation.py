@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One row: images per second, peak memory in bytes and mIoU of each protocol in it."""
     import torch
 
-    from bisenet.data.synthetic import render_scene
+    from bisenet.data.scenes import render_scene
 
     who, protocol = options.row
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,14 +117,13 @@ def segmenter_of(options: argparse.Namespace) -> Any:
     from hydra import compose, initialize_config_dir
 
     import bisenet
-    from bisenet import config, experiment
-    from bisenet.classes import ClassTable
+    from bisenet import cli, experiment  # cli registers the resolvers
 
-    config.register()
-    with initialize_config_dir(config.conf_dir(), version_base="1.3"):
+    with initialize_config_dir(bisenet.conf_dir(), version_base="1.3"):
         window = f"data.eval_window=[{options.window},{options.window}]"
         cfg = compose("train", [f"model={options.model}", f"protocol=[{','.join(options.protocols)}]", window])
-    segmenter = experiment.build(cfg, ClassTable.load("cityscapes")).segmenter
+    cli.name_changed_presets(cfg)
+    segmenter = experiment.build_segmenter(cfg, experiment.build_data(cfg))
     if options.checkpoint:
         trained = bisenet.load(options.checkpoint)
         trained.protocols = segmenter.protocols

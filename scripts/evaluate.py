@@ -1,18 +1,6 @@
-"""Evaluate a checkpoint from itself alone: ``python scripts/evaluate.py checkpoint=outputs/demo/<date_time>``."""
+"""The same as ``bisenet evaluate``, from a checkout."""
 
-from omegaconf import DictConfig
-
-from bisenet import config
-
-
-@config.entry("evaluate")
-def main(cfg: DictConfig) -> None:
-    """Check the configuration, then do the work."""
-    config.check(cfg)
-    from bisenet import experiment  # heavy: only once the configuration is sound
-
-    experiment.evaluate(config.typed(cfg), config.output_dir())
-
+from bisenet.cli import evaluate
 
 if __name__ == "__main__":
-    main()
+    evaluate()

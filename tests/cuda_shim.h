@@ -20,8 +20,9 @@
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
-#define __launch_bounds__(threads, blocks)
+#define __launch_bounds__(...)
 #define __restrict__ __restrict
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct Dim3 { unsigned x; };
 struct alignas(16) float4 { float x, y, z, w; };
@@ -54,8 +55,22 @@ using std::fma, std::fmaf, std::fmaxf, std::fminf;
 
 struct half;
 struct bfloat16;
+// With OHEM_NOISE these err as much as the instructions of a GPU may (PTX: ex2.approx.ftz by 2^-22 of the result,
+// lg2.approx.ftz by 2^-22, of the result outside of 0.5 to 2), and numbers below 2^-126 are 0.
+#ifdef OHEM_NOISE
+inline float noise(float x) {
+    const unsigned hash = (__float_as_uint(x) ^ __float_as_uint(x) >> 15) * 2654435761u;
+    return float(int(hash)) * 0x1p-31f * 0x1p-22f;
+}
+inline float fast_exp2(float x) { return x < -126.0f ? 0.0f : std::exp2f(x) * (1.0f + noise(x)); }
+inline float fast_log2(float x) {
+    const float y = std::log2f(x);
+    return x < 0x1p-126f ? -INFINITY : y + noise(x) * (x > 0.5f && x < 2.0f ? 1.0f : y);
+}
+#else
 inline float fast_exp2(float x) { return std::exp2f(x); }
 inline float fast_log2(float x) { return std::log2f(x); }
+#endif
 inline float to_float(half);
 inline void store(half*, float);
 
@@ -64,14 +79,18 @@ inline void store(half*, float);
 inline float to_float(half x) { _Float16 value; std::memcpy(&value, &x, 2); return float(value); }
 inline void store(half* to, float x) { const _Float16 value = _Float16(x); std::memcpy(to, &value, 2); }
 
+static long long only_block = -1;
+extern "C" void run_only(long long block) { only_block = block; }
+
 template <class... Arguments>
 static void launch(void (*kernel)(Arguments...), unsigned grid, unsigned block, void** arguments) {
     blockDim.x = block;
     gridDim.x = grid;
     everyone = std::make_unique<std::barrier<>>(block);
+    const unsigned end = only_block < 0 ? grid : unsigned(only_block) + 1;
     const auto blocks_of = [&](unsigned thread) {
         threadIdx.x = thread;
-        for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
+        for (blockIdx.x = only_block < 0 ? 0 : unsigned(only_block); blockIdx.x < end; ++blockIdx.x) {
             [&]<std::size_t... I>(std::index_sequence<I...>) {
                 kernel(*static_cast<std::remove_reference_t<Arguments>*>(arguments[I])...);
             }(std::index_sequence_for<Arguments...>{});

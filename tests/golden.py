@@ -57,7 +57,7 @@ def record(folder: Path, results: dict[str, Any], groups: list[dict[str, Any]]) 
         "last": scores(results["protocols"]),
         "best_on_val": [results["best_on_val"]["step"], scores(results["best_on_val"]["protocols"])],
         "groups": [
-            [group["name"], len(group["params"]), sum(p.numel() for p in group["params"]), group["lr"],
+            [group["name"], len(group["params"]), sum(p.numel() for p in group["params"]), group["initial_lr"],
              group["weight_decay"]] for group in groups
         ],
     }  # fmt: skip
@@ -65,25 +65,42 @@ def record(folder: Path, results: dict[str, Any], groups: list[dict[str, Any]]) 
 
 def run(folder: Path, data: Path, model: str, generation: str) -> dict[str, Any]:
     """One training."""
-    from hydra import compose, initialize_config_dir
+    from conftest import composed
 
-    from bisenet import config, experiment
-    from bisenet.classes import ClassTable
+    from bisenet import experiment
 
-    config.register()
     overrides = ["debug=fast", "data=cityscapes", f"data.root={data}", "data.eval_window=[64,64]",
-                 "protocol=[ss,ssc,msf]", f"model={model}", f"model.network.generation={generation}",
-                 "trainer.accelerator=cpu", "trainer.progress=false"]  # fmt: skip
-    with initialize_config_dir(config.conf_dir(), version_base="1.3"):
-        cfg = compose("train", overrides)
-    results = experiment.train(cfg, folder)
-    module = experiment.build(cfg, ClassTable.load("cityscapes"))
-    return record(folder, results, experiment._groups(cfg, module.segmenter.network))
+                 "~callbacks.progress", "protocol=[ss,ssc,msf]", f"model={model}",
+                 f"model.network.generation={generation}",
+                 "trainer.accelerator=cpu", f"run_dir={folder}"]  # fmt: skip
+    cfg = composed(*overrides)
+    results = experiment.train(cfg)
+    built = experiment.build_data(cfg)
+    module = experiment.build_module(cfg, built, experiment.build_segmenter(cfg, built))
+    return record(folder, results, module.configure_optimizers()["optimizer"].param_groups)
+
+
+def canary() -> list[float]:
+    """What this processor makes of PyTorch's own operations, forward and backward: another one may round otherwise."""
+    import torch
+    from torch.nn import functional as F
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 24, 33, 65, requires_grad=True)
+    weights = [torch.randn(shape, requires_grad=True) for shape in ((48, 24, 3, 3), (48, 1, 3, 3), (96, 48, 1, 1))]
+    y = F.conv2d(x, weights[0], stride=2, padding=1)
+    y = F.batch_norm(F.conv2d(y, weights[1], padding=1, groups=48), None, None, training=True).relu()
+    y = F.interpolate(F.conv2d(y, weights[2]), (33, 65), mode="bilinear").log_softmax(1)
+    (y * y).mean().backward()
+    return [y.sum().item(), *(t.grad.abs().sum().item() for t in (x, *weights) if t.grad is not None)]
 
 
 if __name__ == "__main__":
     os.environ.update(ENVIRONMENT)
     place = Path(sys.argv[1])
     write_images(place / "data")
-    found = {name: run(place / name.replace("/", "_"), place / "data", *name.split("/")) for name in sys.argv[2:]}
+    found: dict[str, Any] = {
+        name: run(place / name.replace("/", "_"), place / "data", *name.split("/")) for name in sys.argv[2:]
+    }
+    found["canary"] = canary()
     sys.stdout.write("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in found.items()) + "\n}\n")

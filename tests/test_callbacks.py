@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import math
 import struct
 import time
@@ -14,20 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import composed
 from omegaconf import DictConfig
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_config import composed
 from torch import nn
 
 import bisenet
-from bisenet import callbacks, checkpoint, config, experiment, report
+from bisenet import callbacks, checkpoint, experiment
 from bisenet.classes import ClassTable
-from bisenet.data import dataset
+from bisenet.module import SegmentationModule
 from bisenet.networks import SegmentationOutput
 
 TABLE = ClassTable.load("cityscapes")
-SMALL = ["debug=fast", "data=shapes", "trainer.progress=false", "trainer.accelerator=cpu",
+SMALL = ["debug=fast", "data=shapes", "~callbacks.progress", "trainer.accelerator=cpu",
          "model.network.width_multiplier=0.25"]  # fmt: skip
 
 
@@ -58,7 +57,7 @@ def _no_figures() -> Iterator[None]:
     """The figures of a run are drawn in test_experiment.py; here they would take half of the time."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("plot_curves", "plot_iou", "plot_confusion", "plot_predictions"):
-            patch.setattr(report, name, lambda *_: None)
+            patch.setattr(experiment.report, name, lambda *_: None)
         yield
 
 
@@ -71,22 +70,47 @@ def composed_small(*overrides: str) -> DictConfig:
 
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
-    cfg = composed_small(*overrides)
-    config.check(cfg)
-    folder.mkdir(exist_ok=True)
-    return experiment.train(cfg, folder)
+    return experiment.train(composed_small(*overrides, f"run_dir={folder}"))
 
 
-def loggers(folder: Path) -> list[str]:
-    return ["logger=[wandb,tensorboard]", f"logger.wandb.save_dir={folder}", f"logger.tensorboard.save_dir={folder}"]
+def built(*overrides: str) -> SegmentationModule:
+    cfg = composed(*overrides, "run_dir=out")
+    data = experiment.build_data(cfg)
+    return experiment.build_module(cfg, data, experiment.build_segmenter(cfg, data))
 
 
-def test_a_history_that_was_cut_off_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,0,3.5\n0,1,3.25\n0,2,3.0\n0")
-    callbacks.csv_logger(tmp_path, resumed_step=2)
-    with (tmp_path / "metrics.csv").open() as stream:
-        assert [row["train/loss"] for row in csv.DictReader(stream)] == ["3.5", "3.25"]
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+LOGGERS = ["logger=[csv,wandb,tensorboard]"]
+
+
+def csv_rows(file: Path) -> list[dict[str, str]]:
+    with file.open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_metrics_of_a_step_stand_in_one_row_and_new_columns_keep_the_old_rows(tmp_path: Path) -> None:
+    logger = callbacks.MetricsFile(tmp_path / "metrics.csv")
+    for step in range(4):
+        for metrics in ({"loss": step + 0.5}, {"epoch": 0, "lr": 0.1}, *([{"miou": 0.25}] if step == 2 else [])):
+            logger.log_metrics(metrics, step)
+            logger.save()  # as Lightning does
+    rows = csv_rows(logger.path)
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    assert [row["loss"] for row in rows] == ["0.5", "1.5", "2.5", "3.5"]
+    assert [row["miou"] for row in rows] == ["", "", "0.25", ""]
+    assert "epoch" not in rows[0]
+
+
+def test_a_resumed_history_goes_on_where_it_is_logged_again(tmp_path: Path) -> None:
+    """What came after the checkpoint, a row that was cut off included, is dropped."""
+    file = tmp_path / "metrics.csv"
+    file.write_text("step,train/loss\n0,3.5\n1,3.25\n2,3.0\n3")
+    logger = callbacks.MetricsFile(file)
+    logger.save()
+    assert file.read_text().endswith("3")  # nothing was logged yet
+    logger.log_metrics({"train/loss": 9.0}, 2)
+    logger.save()
+    assert [row["train/loss"] for row in csv_rows(file)] == ["3.5", "3.25", "9.0"]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
 # ---------------------------------------------------------------- Weights & Biases, read back
@@ -154,9 +178,10 @@ def read_wandb(run_dir: Path) -> Recorded:
 def everything(tmp_path_factory: pytest.TempPathFactory, shapes: str) -> Path:
     """Six steps with all that can be switched on; seed 3, since the fixture must not show what is true by default."""
     folder = tmp_path_factory.mktemp("runs") / "all"
-    run(folder, shapes, *loggers(folder), "sweep.name=sweep", "seed=3", "data.batch_size=4", "trainer.accumulate=2",
-        "trainer.ema_decay=0.5", "trainer.gradient_clip=0.5", "deterministic=true",
-        "loss.class_weights=enet")  # fmt: skip
+    run(folder, shapes, *LOGGERS, "sweep.name=sweep", "seed=3", "data.batch_size=4",
+        "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=6", "callbacks=[default,ema]",
+        "callbacks.ema.decay=0.5", "trainer.gradient_clip_val=0.5", "trainer.deterministic=true",
+        "loss.criterion.class_weights=enet")  # fmt: skip
     assert torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     return folder
@@ -174,7 +199,7 @@ def test_runs_of_a_sweep_are_grouped_with_the_seed_as_tag(recorded: Recorded) ->
 
 
 def test_the_whole_configuration_and_the_commit_are_there(recorded: Recorded, everything: Path) -> None:
-    stored = checkpoint.read(everything).config
+    stored = checkpoint.read(everything).hyper_parameters
     assert {key: recorded.config[key] for key in stored} == stored
     assert recorded.config["provenance"]["commit"] == json.loads((everything / "provenance.json").read_text())["commit"]
 
@@ -192,7 +217,7 @@ def test_scalars_are_those_of_the_csv_file(recorded: Recorded, everything: Path)
     assert all(0 < row["train/kept/head"] <= 1 for row in rows if "train/kept/head" in row)
 
 
-def test_pictures_carry_masks_with_class_names(recorded: Recorded) -> None:
+def test_images_carry_masks_with_class_names(recorded: Recorded) -> None:
     labels = {**{str(i): name for i, name in enumerate(TABLE.names)}, "255": "ignored"}
     table = recorded.config["_wandb"].get("mask/class_labels", {})
     for number in range(2):  # each under a name of its own: W&B wants those of one name to be of one size
@@ -226,28 +251,10 @@ def test_a_job_that_fails_ends_its_run_as_failed(shapes: str, tmp_path: Path) ->
     import wandb
 
     with pytest.raises(FloatingPointError):
-        run(tmp_path, shapes, *PLAIN, *loggers(tmp_path),
-            "optimizer.algorithm.lr=1e30")  # fmt: skip
+        run(tmp_path, shapes, *PLAIN, *LOGGERS,
+            "optimizer.lr=1e30")  # fmt: skip
     assert wandb.run is None  # the next job of this process begins its own
     assert read_wandb(tmp_path).exit_code == 1
-
-
-def test_no_key_and_no_network_never_stop_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    import wandb
-
-    def unreachable(**_: Any) -> bool:
-        raise wandb.Error("no route to host")
-
-    for login, why in ((lambda **_: False, "no API key"), (unreachable, "no route to host")):
-        monkeypatch.setattr(wandb, "login", login)
-        with caplog.at_level(logging.WARNING):
-            logger = callbacks.wandb_logger(str(tmp_path), "online", project="p")
-        assert logger._wandb_init["mode"] == "offline"
-        assert why in caplog.text
-    with pytest.raises(ValueError, match=r"mode: got 'on', accepted: offline \| online"):
-        callbacks.wandb_logger(str(tmp_path), "on")
 
 
 def test_the_environment_may_switch_wandb_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,13 +268,13 @@ def test_the_environment_may_switch_wandb_off(monkeypatch: pytest.MonkeyPatch) -
 # ---------------------------------------------------------------- TensorBoard
 
 
-def test_tensorboard_has_scalars_pictures_and_tables(everything: Path) -> None:
+def test_tensorboard_has_scalars_images_and_tables(everything: Path) -> None:
     events = EventAccumulator(str(everything / "tensorboard"), {"tensors": 0, "images": 0, "scalars": 0})
     events.Reload()
     assert len(events.Scalars("train/loss")) == 6
     assert len(events.Scalars("val/ss/miou")) == 2
-    pictures = events.Images("val/predictions/1")
-    assert [(picture.step, picture.width, picture.height) for picture in pictures] == [(3, 3 * 128, 64), (6, 384, 64)]
+    images = events.Images("val/predictions/1")
+    assert [(image.step, image.width, image.height) for image in images] == [(3, 3 * 128, 64), (6, 384, 64)]
     assert "final/ema/val/ss/classes/text_summary" in events.Tags()["tensors"]
 
 
@@ -279,7 +286,7 @@ def test_the_average_is_reported_apart_and_can_be_loaded(everything: Path) -> No
     assert results["ema"]["decay"] == 0.5
     assert results["ema"]["protocols"]["ss"]["n_images"] == results["protocols"]["ss"]["n_images"]
     last, average = (checkpoint.read(everything / "checkpoints" / f"{name}.ckpt") for name in ("last", "ema"))
-    assert (average.step, average.config) == (last.step, last.config)
+    assert (average.step, average.hyper_parameters) == (last.step, last.hyper_parameters)
     assert last.weights.keys() == average.weights.keys()
     assert not torch.equal(last.weights["head.conv_out.1.weight"], average.weights["head.conv_out.1.weight"])
     assert bisenet.load(average.path).predict(np.zeros((64, 128, 3), np.uint8)).shape == (64, 128)
@@ -287,11 +294,11 @@ def test_the_average_is_reported_apart_and_can_be_loaded(everything: Path) -> No
 
 def test_the_best_checkpoint_moves_with_its_run(tmp_path: Path) -> None:
     score = torch.tensor(0.5)
-    written = callbacks.BestCheckpoint(tmp_path / "there", "miou")
+    written = callbacks.BestCheckpoint(str(tmp_path / "there"), "miou", mode="max")
     written.best_model_path = written.kth_best_model_path = str(tmp_path / "there" / "best.ckpt")
     written.best_model_score = written.kth_value = score
     written.best_k_models = {written.best_model_path: score}
-    moved = callbacks.BestCheckpoint(tmp_path / "here", "miou")
+    moved = callbacks.BestCheckpoint(str(tmp_path / "here"), "miou", mode="max")
     moved.load_state_dict(written.state_dict())
     best = str(tmp_path / "here" / "best.ckpt")
     assert (moved.best_model_path, moved.kth_best_model_path, moved.best_k_models) == (best, best, {best: score})
@@ -300,10 +307,8 @@ def test_the_best_checkpoint_moves_with_its_run(tmp_path: Path) -> None:
 
 def test_what_is_logged_of_accumulated_batches_is_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is kept is a share of the valid pixels: ignored ones, such as padding, count nowhere."""
-    cfg = composed("loss.min_kept=1.0", "model.network.width_multiplier=0.25", "trainer.accumulate=2")
-    module = experiment.build(cfg, TABLE)
-    trainer = SimpleNamespace(log_every_n_steps=1, accumulate_grad_batches=2, global_step=0, optimizers=[
-        torch.optim.SGD([{"params": module.parameters(), "name": "all"}], lr=0.1)])  # fmt: skip
+    module = built("loss.criterion.min_kept=1.0", "model.network.width_multiplier=0.25")
+    trainer = SimpleNamespace(log_every_n_steps=1, accumulate_grad_batches=2, global_step=0)
     logged: dict[str, Any] = {}
     monkeypatch.setattr(type(module), "trainer", property(lambda _: trainer))
     monkeypatch.setattr(module, "log_dict", lambda scalars, **_: logged.update(scalars))
@@ -315,21 +320,23 @@ def test_what_is_logged_of_accumulated_batches_is_their_mean(monkeypatch: pytest
         losses.append(module.training_step(batch, part).item())
     assert logged["train/loss"].item() == pytest.approx(sum(losses) / 2)
     assert logged["train/kept/head"].item() == pytest.approx(1)
-    assert logged["lr/all"] == 0.1
 
 
 def test_the_average_follows_its_recursion() -> None:
     network, step = nn.Linear(2, 1), SimpleNamespace(accumulate_grad_batches=2)
-    average = callbacks.WeightAverage(network, decay=0.75)
+    module: Any = SimpleNamespace(segmenter=SimpleNamespace(network=network), device="cpu")
+    average = callbacks.WeightAverage(decay=0.75)
+    average.setup(step, module, "fit")  # type: ignore[arg-type]
     expected = None
     for batch in range(10):
         nn.init.normal_(network.weight)
-        average.on_train_batch_end(step, None, None, None, batch)  # type: ignore[arg-type]
+        average.on_train_batch_end(step, module, None, None, batch)  # type: ignore[arg-type]
         if batch % 2:  # the batches in between do not step
             now = network.weight.detach().clone()
             expected = now if expected is None else 0.75 * expected + 0.25 * now
     torch.testing.assert_close(average.weights["weight"], expected)
-    restored = callbacks.WeightAverage(nn.Linear(2, 1), decay=0.75)
+    restored = callbacks.WeightAverage(decay=0.75)
+    restored.setup(step, module, "fit")  # type: ignore[arg-type]
     restored.load_state_dict(average.state_dict())
     assert torch.equal(restored.weights["weight"], average.weights["weight"])
 
@@ -338,8 +345,9 @@ def test_accumulated_batches_are_the_step_of_one_large_batch(shapes: str, tmp_pa
     weights, logged = [], []
     for parts in (1, 2):
         folder = tmp_path / str(parts)
-        run(folder, shapes, *PLAIN, "data.batch_size=4", "augment.scale=[1,1]",
-            f"trainer.accumulate={parts}", "trainer.max_steps=3", "trainer.val_interval=2")  # fmt: skip
+        run(folder, shapes, *PLAIN, "data.batch_size=4", "augment.crop.scale=[1,1]",
+            f"trainer.accumulate_grad_batches={parts}", "trainer.max_steps=3",
+            "trainer.val_check_interval=2")  # fmt: skip
         weights.append(checkpoint.read(folder).weights["head.weight"])
         with (folder / "metrics.csv").open() as stream:
             logged.append([(row["step"], bool(row["train/loss"])) for row in csv.DictReader(stream)])
@@ -348,12 +356,13 @@ def test_accumulated_batches_are_the_step_of_one_large_batch(shapes: str, tmp_pa
 
 
 def test_gradient_clipping_bounds_a_step(shapes: str, tmp_path: Path) -> None:
-    overrides = [shapes, *PLAIN, "scheduler=constant", "optimizer.algorithm.lr=1.0",
-                 "optimizer.algorithm.momentum=0", "optimizer.algorithm.weight_decay=0", "trainer.max_steps=2",
-                 "trainer.gradient_clip=1e-3"]  # fmt: skip
+    overrides = [shapes, *PLAIN, "scheduler=constant", "optimizer.lr=1.0",
+                 "optimizer.momentum=0", "optimizer.weight_decay=0", "trainer.max_steps=2",
+                 "trainer.gradient_clip_val=1e-3"]  # fmt: skip
     run(tmp_path, *overrides)
-    module = experiment.build(composed_small(*overrides), TABLE)
-    start = module.segmenter.network.state_dict()
+    cfg = composed_small(*overrides)
+    start = experiment.build_segmenter(cfg, experiment.build_data(cfg))
+    start = start.network.state_dict()
     moved = [(value - start[name]).norm() for name, value in checkpoint.read(tmp_path).weights.items()]
     assert 1e-4 < torch.stack(moved).norm() <= 2 * 1e-3 * 1.01
 
@@ -363,14 +372,12 @@ def test_class_weights_of_the_training_split_travel_with_the_checkpoint(everythi
     weights = state["loss.criterion.class_weights"]
     assert weights.max() == pytest.approx(1 / math.log(1.02), rel=1e-5)  # a class that does not occur
     assert weights.min() < 10
-    with pytest.raises(ValueError, match=r"loss.class_weights: got 2 weights, accepted: one for each of the 19"):
-        experiment.build(composed("loss.class_weights=[1,2]"), TABLE)
 
 
 def test_early_stopping_ends_a_run_that_then_stays_ended(shapes: str, tmp_path: Path) -> None:
-    overrides = [shapes, *PLAIN, "callbacks=early_stopping",
+    overrides = [shapes, *PLAIN, "callbacks=[default,early_stopping]",
                  "callbacks.early_stopping.patience=1", "+callbacks.early_stopping.min_delta=1.0",
-                 "trainer.val_interval=2", "trainer.max_steps=20"]  # fmt: skip
+                 "trainer.val_check_interval=2", "trainer.max_steps=20"]  # fmt: skip
     first = run(tmp_path, *overrides)
     assert first["step"] == 4  # the second validation is no better by 1
     (tmp_path / "results.json").unlink()  # as if it had been killed in the final evaluation
@@ -381,10 +388,8 @@ def test_early_stopping_ends_a_run_that_then_stays_ended(shapes: str, tmp_path: 
 def test_the_training_step_reads_nothing_back() -> None:
     """On the meta device every synchronisation with the host is an error; so is a number on its way to a GPU, which
     waits for it: those are logged at the steps that are written only."""
-    module = experiment.build(composed("loss.class_weights=enet", *SMALL), TABLE).to("meta")
-    group = {"name": "all", "lr": 0.1}
-    optimizers = [SimpleNamespace(param_groups=[group])]
-    trainer = SimpleNamespace(optimizers=optimizers, global_step=0, log_every_n_steps=10, accumulate_grad_batches=1)
+    module = built("loss.criterion.class_weights=enet", *SMALL).to("meta")
+    trainer = SimpleNamespace(global_step=0, log_every_n_steps=10, accumulate_grad_batches=1)
     module._trainer = trainer  # type: ignore[assignment]
     logged: dict[str, Any] = {}
     module.log_dict = lambda scalars, sync_dist: logged.update(scalars)  # type: ignore[assignment, method-assign]
@@ -394,49 +399,26 @@ def test_the_training_step_reads_nothing_back() -> None:
     assert not logged
     trainer.global_step = 9
     assert module.training_step(batch, 9).device.type == "meta"
-    assert logged["lr/all"] == 0.1
     assert all(logged[f"train/kept/{name}"].device.type == "meta" for name in module.segmenter.network.head_names)  # type: ignore[union-attr]
 
 
 # ---------------------------------------------------------------- debugging
 
 
-def test_a_profile_shows_the_wait_for_data_and_leaves_a_trace(
-    shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: dict[str, float] = {}
-    draw = report.plot_step_time
-    monkeypatch.setattr(report, "plot_step_time", lambda seconds, out: (drawn.update(seconds), draw(seconds, out)))
-    read = dataset.read_sample
-
-    def slow(*arguments: Any) -> Any:
-        time.sleep(0.2)
-        return read(*arguments)
-
-    monkeypatch.setattr(dataset, "read_sample", slow)
-    run(tmp_path, shapes, *PLAIN, "debug=profile", f"callbacks.profile.folder={tmp_path / 'profile'}",
-        "callbacks.profile.warmup=1", "callbacks.profile.steps=3", "callbacks.profile.traced=1",
-        "trainer.max_steps=5", "data.batch_size=4", "trainer.accumulate=2", "data.workers=0",
-        "augment.crop=[64,128]", "scheduler.warmup_steps=1")  # fmt: skip
-    assert drawn.keys() == {"data", "network", "loss", "backward", "optimizer", "step"}
-    assert 0.8 < drawn["data"] < drawn["step"]  # four pictures
-    assert 0.8 * drawn["step"] < sum(drawn.values()) - drawn["step"] <= drawn["step"] * 1.01
-    assert Image.open(tmp_path / "profile" / "profile.png").width > 300
-    events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
-    assert any("convolution" in event.get("name", "") for event in events)
-
-
-def test_a_profile_needs_its_steps(shapes: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"trainer.max_steps: got 6, accepted: at least 28"):
-        run(tmp_path, shapes, "debug=profile", "trainer.max_steps=6", f"callbacks.profile.folder={tmp_path}")
+def test_a_profile_leaves_a_table_and_a_trace(shapes: str, tmp_path: Path) -> None:
+    run(tmp_path, shapes, *PLAIN, "debug=profile", "trainer.max_steps=8", "augment.crop.size=[64,128]",
+        "data.workers=0")  # fmt: skip
+    assert "run_training_batch" in (tmp_path / "profile" / "fit-profile.txt").read_text()
+    trace = next((tmp_path / "profile").glob("fit*.json"))
+    assert any("convolution" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["bisenetv1", "bisenetv1_diss", "bisenetv1_ushape", "bisenetv2", "bisenetv2_large"])
-def test_every_variant_learns_two_pictures_by_heart(variant: str, shapes: str, tmp_path: Path) -> None:
-    cfg = composed("debug=overfit", shapes, f"model={variant}", "trainer.progress=false", "trainer.accelerator=cpu")
-    config.check(cfg)
-    assert experiment.train(cfg, tmp_path)["protocols"]["ss"]["miou"] > 0.95
+def test_every_variant_learns_two_images_by_heart(variant: str, shapes: str, tmp_path: Path) -> None:
+    cfg = composed("debug=overfit", shapes, f"model={variant}", "~callbacks.progress", "trainer.accelerator=cpu",
+                   f"run_dir={tmp_path}")  # fmt: skip
+    assert experiment.train(cfg)["protocols"]["ss"]["miou"] > 0.95
     main = f"train/loss/{bisenet.load(tmp_path).network.head_names[0]}"  # type: ignore[index]
     with (tmp_path / "metrics.csv").open() as stream:
         losses = [float(row[main]) for row in csv.DictReader(stream) if row[main]]
@@ -448,7 +430,7 @@ def test_a_compiled_network_trains_to_the_same_weights(shapes: str, tmp_path: Pa
     weights = []
     for compiled in (False, True):
         folder = tmp_path / str(compiled)
-        run(folder, shapes, *PLAIN, f"trainer.compile={compiled}")
+        run(folder, shapes, *PLAIN, f"compile={compiled}")
         weights.append(checkpoint.read(folder).weights)
     assert weights[0].keys() == weights[1].keys()
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-5)

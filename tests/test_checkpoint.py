@@ -1,33 +1,44 @@
-"""Weights that were published without a configuration: recognised, completed, evaluated, written back, and refused.
+"""Files that hold what was trained: ours in both formats, the reference's, pretrained backbones; and what attacks.
 
-Files are made from the names and shapes recorded of the reference (tests/data/networks), with values that depend on
-them alone, so that the logits recorded of the reference itself are what a loaded file has to give.
+Files of the reference are made from the names and shapes recorded of it (tests/data/networks), with values that depend
+on them alone, so that the logits recorded of the reference itself are what a loaded file has to give.
 """
 
 import ast
-import json
+import contextlib
+import hashlib
 import logging
 import os
 import pickle
 import re
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from test_config import composed
-from test_networks import RECORDED, REFERENCES, deterministic, filling, images, logits_of, reference_network
-from torch import Tensor
+from test_networks import RECORDED, REFERENCES, filling, images, logits_of
+from torch import Tensor, nn
 
 import bisenet
-from bisenet import checkpoint, config, experiment
-from bisenet.config import DataConfig
+from bisenet import checkpoint
+from bisenet.checkpoint import DATASETS, build, fetch, load_backbone
+from bisenet.classes import ClassTable, SegmentationClass
+from bisenet.inference import Protocol, Segmenter
 from bisenet.networks import BiSeNetV1, BiSeNetV2
-from bisenet.pretrained import load_backbone
 
-IMAGENET = [0.485, 0.456, 0.406]
+ROOT = Path(__file__).parents[1]
+OLD = Path(__file__).parent / "data" / "before_the_house.ckpt"
+SMALL = {"_target_": "bisenet.networks.BiSeNetV2", "width_multiplier": 0.125, "aux": False}
+DATA = {"classes": "cityscapes", "mean": [0.1] * 3, "std": [0.2] * 3}
 
 
 def published(name: str, n_classes: int = 19) -> dict[str, Tensor]:
@@ -40,16 +51,23 @@ def published(name: str, n_classes: int = 19) -> dict[str, Tensor]:
     return {key: filling(key, tuple(shape)) for key, shape in shapes.items()}
 
 
-def table(path: Path, n_classes: int) -> Path:
-    """A class table of so many classes, beside the file."""
-    classes = [{"id": i, "name": f"class {i}", "ignore": False, "color": [i, 255 - i, 7]} for i in range(n_classes)]
-    file = path.with_name(f"table{n_classes}.yaml")
-    file.write_text(yaml.safe_dump({"name": "generic", "classes": classes}))
-    return file
+def table(n_classes: int) -> ClassTable:
+    classes = (SegmentationClass(f"class {i}", (i,), i, (i, 255 - i, 7)) for i in range(n_classes))
+    return ClassTable("generic", tuple(classes))
 
 
-def data_set(classes: str | Path = "cityscapes") -> DataConfig:
-    return DataConfig(name="any", format="cityscapes", root="nowhere", classes=str(classes), mean=[0.1] * 3)
+def small_segmenter() -> Segmenter:
+    torch.manual_seed(0)
+    protocols = {"mscf": Protocol((0.5, 1.0), flip=True, crop=True, window=(64, 32)), "ss": Protocol()}
+    return Segmenter(build(SMALL, n_classes=5), table(5), [0.1, 0.2, 0.3], [0.4] * 3, protocols).eval()
+
+
+def content_of(segmenter: Segmenter, **portable: Any) -> dict[str, Any]:
+    """A checkpoint of ours as Lightning saves it, with parts of what it carries replaced."""
+    state = {f"segmenter.network.{name}": tensor for name, tensor in segmenter.network.state_dict().items()}
+    data = {"name": "mine", "mean": [0.1], "root": "nowhere"}
+    entry = checkpoint.portable(SMALL, segmenter, data) | portable
+    return {"state_dict": state, "global_step": 3, "bisenet": entry, "hyper_parameters": {"of": ["a later", "version"]}}
 
 
 @pytest.fixture
@@ -57,7 +75,223 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "model_final.pth"
 
 
-# --- recognised ------------------------------------------------------------------------------------------------------
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_gives_back_what_was_saved_whatever_its_training_keys_are(file: Path) -> None:
+    segmenter, rgb = small_segmenter(), np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    torch.save(content_of(segmenter), file)
+    found = checkpoint.read(file)
+    assert (found.step, found.data["name"], found.hyper_parameters) == (3, "mine", {"of": ["a later", "version"]})
+    loaded = bisenet.load(file)
+    assert loaded.protocols == segmenter.protocols
+    assert torch.equal(loaded.mean, segmenter.mean)
+    assert np.array_equal(loaded.predict(rgb), segmenter.predict(rgb))
+    other = checkpoint.load(file, protocols={"half": Protocol((0.5,))})
+    assert list(other.protocols) == ["half"]
+
+    (file.parent / "run" / "checkpoints").mkdir(parents=True)
+    last = file.parent / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.write(last, segmenter.network.state_dict(), 7, content_of(segmenter)["bisenet"], {})
+    assert checkpoint.read(file.parent / "run").step == 7
+    assert np.array_equal(bisenet.load(file.parent / "run").predict(rgb), segmenter.predict(rgb))
+
+
+def test_a_checkpoint_of_before_the_house_predicts_and_knows_its_data_set() -> None:
+    image = np.kron(np.random.default_rng(1).integers(0, 256, (7, 9, 3)), np.ones((10, 10, 1))).astype(np.uint8)
+    with np.load(OLD.with_suffix(".npz")) as recorded:
+        assert (bisenet.load(OLD).predict(image) == recorded["prediction"]).mean() >= 0.999  # exactly, where recorded
+    read = checkpoint.read(OLD)
+    assert read.step == 6
+    data = read.hyper_parameters["data"]
+    assert data["dataset"] == {"_target_": "bisenet.data.Cityscapes"}
+    assert (data["root"], data["classes"], data["val_split"], data["limit"]) == (
+        "data/cityscapes",
+        "cityscapes",
+        "val",
+        4,
+    )
+    assert read.protocols["mscf"]["window"] == [64, 64]
+
+
+def test_loading_imports_nothing_of_training() -> None:
+    code = f"import sys, bisenet; bisenet.load({str(OLD)!r}); print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    modules = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    heavy = {"lightning", "hydra", "omegaconf", "torchmetrics", "matplotlib", "albumentations", "torch._dynamo"}
+    assert not heavy & set(modules.stdout.split())
+
+
+# --- attacks ---------------------------------------------------------------------------------------------------------
+
+
+def attacks(marker: Path) -> list[dict[str, Any]]:
+    """Network nodes that would write the marker, read a file or reveal the environment."""
+    (marker.parent / "payload.py").write_text(f"open({str(marker)!r}, 'w')\nclass Net: pass\n")
+    (marker.parent / "hubconf.py").write_text(f"def net():\n    open({str(marker)!r}, 'w')\n")
+    np.save(marker.parent / "code.npy", np.array([Touch(marker)], object), allow_pickle=True)
+    torch.save(Touch(marker), marker.parent / "code.pt")
+    folder = str(marker.parent)
+    calls = [
+        {"_target_": "torch.hub.load", "repo_or_dir": folder, "model": "net", "source": "local"},
+        {"_target_": "torch.load", "f": f"{folder}/code.pt", "weights_only": False},
+        {"_target_": "numpy.load", "file": f"{folder}/code.npy", "allow_pickle": True},
+        {"_target_": "torch.distributed.run.main", "args": [f"{folder}/payload.py"]},
+        {"_target_": "payload.Net"},
+        {"_target_": "bisenet.checkpoint.build"},
+        {"_target_": "bisenet.networks.bisenetv2.nn.Module"},
+        {"_target_": ["bisenet.networks.BiSeNetV2"]},
+        {},
+    ]
+    nested = [SMALL | {"aux": call} for call in calls[:4]] + [SMALL | {"aux": [[call]]} for call in calls[:1]]
+    plain = [
+        {"generation": "${oc.env:HOME}"}, {"depth_multiplier": 10**6}, {"width_multiplier": float("nan")},
+        {"aux": [[[[1]]]]}, {"aux": [0] * 65}, {"generation": "x" * 5000}, {"_args_": [1]}, {"colour": 3},
+    ]  # fmt: skip
+    return [*calls, *nested, *(SMALL | arguments for arguments in plain), SMALL | {"width_multiplier": 64}]
+
+
+class Touch:
+    """Pickled, a program that makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_no_node_of_a_file_runs_anything_or_is_resolved(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    marker = file.parent / "marker"
+    monkeypatch.syspath_prepend(file.parent)
+    monkeypatch.setenv("HOME", "secret")
+    for node in attacks(marker):
+        torch.save(content_of(small_segmenter(), network=node), file)
+        started = time.perf_counter()
+        with pytest.raises(ValueError, match=re.escape(str(file))) as raised:
+            bisenet.load(file)
+        assert time.perf_counter() - started < 5
+        assert "secret" not in str(raised.value)
+        assert len(str(raised.value)) < 1000
+        assert not marker.exists(), node
+    assert "payload" not in sys.modules
+
+
+def test_a_class_of_ones_own_is_built_with_trust_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file.parent / "mynet.py").write_text(
+        "from subprocess import Popen\nfrom torch.hub import load\nfrom bisenet.networks import BiSeNetV2\n"
+        "class Net(BiSeNetV2):\n    def __init__(self, n_classes, width):\n"
+        "        super().__init__(n_classes, width_multiplier=width, aux=False)\n"
+    )
+    monkeypatch.syspath_prepend(file.parent)
+    segmenter = small_segmenter()
+    torch.save(content_of(segmenter, network={"_target_": "mynet.Net", "width": 0.125}), file)
+    for trust in ((), ["my"], ["mynet.Net"], ["other"]):
+        with pytest.raises(ValueError, match=r"got 'mynet\.Net', accepted: .*trust=\[mynet\]"):
+            bisenet.load(file, trust=trust)
+    rgb = np.zeros((64, 64, 3), np.uint8)
+    for trust in (["mynet"], "mynet"):
+        assert np.array_equal(bisenet.load(file, trust=trust).predict(rgb), segmenter.predict(rgb))
+    for name in ("Popen", "load", "nothing"):  # what it imports is not what is trusted
+        with pytest.raises(ValueError, match=f"mynet.{name}"):
+            build({"_target_": f"mynet.{name}", "args": "true"}, ["mynet"])
+    with pytest.raises(ValueError, match=r"mynet\.Net\.width: got \{'_target_'"):
+        build({"_target_": "mynet.Net", "width": {"_target_": "os.getcwd"}}, ["mynet"], n_classes=2)
+
+
+def test_a_data_set_is_built_under_the_same_rule() -> None:
+    for name in ("torch.hub.load", "bisenet.networks.BiSeNetV2", "bisenet.data.datamodule.Path"):
+        with pytest.raises(ValueError, match=rf"got '{name}', accepted: bisenet\.data\.Cityscapes"):
+            partial(build, {"_target_": name, "_partial_": True}, (), DATASETS)("root")
+    with pytest.raises(ValueError, match=r"lists\.train: got"):
+        build({"_target_": "bisenet.data.Listed", "lists": {"train": "${oc.env:HOME}"}}, (), DATASETS, "root")
+
+
+@pytest.mark.parametrize(
+    "portable",
+    [
+        {"format": 3}, {"network": None}, {"classes": {}}, {"protocols": {"../ss": {}}}, {"protocols": 3},
+        {"protocols": {"ss": {"x": 1}}}, {"data": {"mean": [0.1], "std": [1]}}, {"data": {}},
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_makes_no_sense_is_refused_by_name(portable: dict[str, Any], file: Path) -> None:
+    torch.save(content_of(small_segmenter(), **portable), file)
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        bisenet.load(file)
+
+
+def test_one_flipped_bit_is_noticed(file: Path) -> None:
+    whole, image = OLD.read_bytes(), np.zeros((32, 32, 3), np.uint8)
+    expected = bisenet.load(OLD).predict(image)
+    with zipfile.ZipFile(OLD) as archive:
+        entries = {entry.filename.partition("/")[2]: entry.header_offset for entry in archive.infolist()}
+    offsets = np.random.default_rng(0).integers(0, len(whole), 12).tolist()
+    for offset in (*offsets, entries["data.pkl"] + 30_000, entries["data/0"] + 300):
+        damaged = bytearray(whole)
+        damaged[offset] ^= 1 << offset % 8
+        file.write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            assert np.array_equal(bisenet.load(file).predict(image), expected), offset  # a bit of the padding
+    with pytest.raises(ValueError, match="is damaged: the checksum differs"):
+        bisenet.load(file)
+
+
+def test_weights_that_only_claim_to_be_large_are_refused(file: Path) -> None:
+    content = content_of(small_segmenter())
+    wide = build(SMALL | {"width_multiplier": 1.0}, n_classes=5).state_dict()
+    wide = {f"segmenter.network.{name}": torch.zeros(()).expand(tensor.shape) for name, tensor in wide.items()}
+    content["bisenet"]["network"] = SMALL | {"width_multiplier": 1.0}
+    torch.save(content | {"state_dict": wide}, file)
+    with pytest.raises(ValueError, match="claim more memory than the file has bytes"):
+        bisenet.load(file)
+
+
+def test_an_archive_that_grows_is_refused_before_it_is_unpacked(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("bomb/data.pkl", pickle.dumps({}))
+        with archive.open("bomb/data/0", "w", force_zip64=True) as entry:
+            for _ in range(64):
+                entry.write(bytes(2**22))
+    started = time.perf_counter()
+    for reader in (bisenet.load, lambda path: load_backbone(nn.Linear(2, 2), "", str(path))):
+        with pytest.raises(
+            ValueError, match=r"its entry bomb/data\.pkl is compressed; accepted: entries that are stor"
+        ):
+            reader(file)
+    assert time.perf_counter() - started < 1
+    torch.save({"a": torch.zeros(3)}, file)
+    file.write_bytes(b"PK\3\4" + bytes(60) + file.read_bytes())  # another reader would find other entries
+    with pytest.raises(ValueError, match="do not begin with the file"):
+        bisenet.load(file)
+    monkeypatch.setattr(checkpoint, "LARGEST_FILE", 100)
+    with pytest.raises(ValueError, match=r"bytes, accepted: at most 100 \(bisenet\.checkpoint\.LARGEST_FILE\)"):
+        bisenet.load(file)
+
+
+@pytest.mark.parametrize("kind", ["network", "system", "script", "pickle", "empty", "text", "truncated"])
+def test_a_file_that_holds_more_than_tensors_is_refused_without_advice_to_run_it(kind: str, file: Path) -> None:
+    torch.save({"a": torch.zeros(3)}, file)
+    whole = file.read_bytes()
+    expected = {"network": "it wants torch.nn.modules.linear.Linear, which is code; accepted: a state dict saved by",
+                "system": "it wants posix.mkdir, which is code", "script": "it wants TorchScript, which is code",
+                "pickle": "UnpicklingError: Unsupported operand", "empty": "EOFError", "text": "KeyError: 101",
+                "truncated": "RuntimeError: PytorchStreamReader failed"}  # fmt: skip
+    if kind == "script":
+        torch.jit.script(nn.Linear(2, 2)).save(str(file))
+    elif kind in ("network", "system"):
+        torch.save(nn.Linear(2, 2) if kind == "network" else Touch(file.parent / "marker"), file)
+    else:
+        content = {"pickle": pickle.dumps({"a": 3}), "empty": b"", "text": b"hello", "truncated": whole[:100]}
+        file.write_bytes(content[kind])
+    with pytest.raises(ValueError, match=re.escape(f"{file} cannot be read")) as raised:
+        bisenet.load(file)
+    assert expected[kind] in str(raised.value)
+    assert not re.search("weights_only|\x1b|\n", str(raised.value))
+
+
+# --- weights of the reference ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -71,57 +305,65 @@ def test_a_published_file_gives_the_logits_of_the_reference_and_is_written_back_
     assert all(torch.equal(written[key], state[key].to(written[key].dtype)) for key in state)
     assert model.classes.names[0] == "road"
     older_v1 = name.startswith("older_bisenetv1")
-    assert (model.mean.flatten() / 255).tolist() == pytest.approx(IMAGENET if older_v1 else [0.3257, 0.3690, 0.3223])
+    expected_mean = [0.485, 0.456, 0.406] if older_v1 else [0.3257, 0.3690, 0.3223]
+    assert (model.mean.flatten() / 255).tolist() == pytest.approx(expected_mean)
     with torch.no_grad(), np.load(RECORDED / f"{name}.npz") as recorded:
         (logits,) = logits_of(model.network.double(), images(3, 64, 96, torch.float64))
         expected = recorded["eval"]
     np.testing.assert_allclose(logits[:, ::6, ::13, ::17], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("name", "n_classes"), [("bisenetv1", 171), ("bisenetv2", 150)])
-def test_the_number_of_classes_is_that_of_the_file(name: str, n_classes: int, file: Path) -> None:
-    torch.save(published(name, n_classes), file)
-    model = bisenet.load(file, data=data_set(table(file, n_classes)))
-    assert model.classes.num_classes == n_classes
+def test_the_data_set_is_that_of_the_person_who_loads(file: Path) -> None:
+    torch.save(published("bisenetv1", 171), file)
+    model = bisenet.load(file, DATA | {"classes": table(171), "eval_short_side": 64})
+    assert model.classes.num_classes == 171
     assert (model.mean == 0.1 * 255).all()
-    rgb = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
-    assert model.predict(rgb).shape == (70, 90)
-    with pytest.raises(ValueError, match=rf"data\.classes: 'cityscapes' has 19 classes.* for {n_classes}; accepted"):
-        bisenet.load(file, data="cityscapes")
+    assert model.protocols == {"ss": Protocol(short_side=64)}
+    for data, message in {
+        "cityscapes": r"data\.classes: 'cityscapes' has 19 classes.* for 171; accepted",
+        "nowhere": r"data: got 'nowhere', accepted: .*camvid",
+        None: "weights for 171 classes and nothing else; accepted: the data set",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            bisenet.load(file, data)
+    with pytest.raises(ValueError, match="data: got no std"):
+        bisenet.load(file, {"classes": "cityscapes", "mean": [0.1] * 3})
+    with pytest.raises(ValueError, match="knows the data set it was trained on; accepted: no data here"):
+        bisenet.load(OLD, data="cityscapes")
+    with pytest.raises(FileNotFoundError, match=r"no file .*; accepted: a \.ckpt or \.pth file"):
+        bisenet.load(file.parent)
+    assert bisenet.read_data("demo")["classes"] == bisenet.read_data("synthetic")["classes"]
 
 
 @pytest.mark.parametrize(
-    ("model", "network"),
+    ("structure", "network"),
     [
-        ("bisenetv1_ushape", BiSeNetV1(5, structure="u_shape", generation="older", aux=False)),
-        ("bisenetv1_diss", BiSeNetV1(5, structure="one_path")),
-        ("bisenetv2", BiSeNetV2(5, width_multiplier=0.25, aux=False)),
-        ("bisenetv2_large", BiSeNetV2(5, width_multiplier=0.25, depth_multiplier=3, generation="older")),
+        ("u_shape", BiSeNetV1(5, structure="u_shape", generation="older", aux=False)),
+        ("one_path", BiSeNetV1(5, structure="one_path")),
+        (None, BiSeNetV2(5, width_multiplier=0.25, aux=False)),
+        (None, BiSeNetV2(5, width_multiplier=0.25, depth_multiplier=3, generation="older")),
     ],
 )
-def test_our_own_variants_written_as_bare_weights_come_back(model: str, network: Any, file: Path) -> None:
+def test_our_own_variants_written_as_bare_weights_come_back(structure: str | None, network: Any, file: Path) -> None:
     torch.save(network.state_dict(), file)
-    found = checkpoint.read_any(file)
-    assert isinstance(found, checkpoint.Published)
-    assert found.model == model
-    twin = bisenet.load(file, data=data_set(table(file, 5))).network
-    assert twin.head_names == network.head_names
-    assert twin.align_corners == network.align_corners
+    read = checkpoint.read(file, DATA | {"classes": table(5)})
+    assert read.network.get("structure") == structure
+    twin = read.segmenter().network
+    assert (twin.head_names, twin.align_corners) == (network.head_names, network.align_corners)
     image = images(1, 64, 64)
     assert torch.equal(twin(image).logits, network.eval()(image).logits)
 
 
 def test_what_was_matched_renamed_and_dropped_is_reported(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     state = {f"module.{k}": v for k, v in published("older_bisenetv1_diss").items()}
-    with caplog.at_level(logging.INFO):
-        torch.save(state, file)
-        checkpoint.read_any(file)
-        assert "160 renamed ('module.' taken off), 160 tensors matched, nothing dropped, nothing missing" in caplog.text
-        assert "generation=older, norm=inplace_abn" in caplog.text
-        del state["module.conv_out16.conv_out.weight"]  # one auxiliary head is of no use without its classifier
-        torch.save(state | {"module.loss.weight": torch.zeros(19)}, file)
-        found = checkpoint.read_any(file)
-    assert isinstance(found, checkpoint.Published)
+    torch.save(state, file)
+    checkpoint.read(file, DATA)
+    assert "160 renamed ('module.' taken off), 160 tensors matched, nothing dropped, nothing missing" in caplog.text
+    assert "generation=older, norm=inplace_abn" in caplog.text
+    del state["module.conv_out16.conv_out.weight"]  # one auxiliary head is of no use without its classifier
+    torch.save(state | {"module.loss.weight": torch.zeros(19)}, file)
+    found = checkpoint.read(file, DATA)
     assert not found.network["aux"]
     assert caplog.records[-1].levelname == "WARNING"
     for dropped in ("conv_out32.conv_out.weight", "conv_out16.conv.conv.weight", "loss.weight"):
@@ -129,118 +371,39 @@ def test_what_was_matched_renamed_and_dropped_is_reported(file: Path, caplog: py
         assert dropped not in found.weights
 
 
-# --- refused ---------------------------------------------------------------------------------------------------------
-
-
 def test_files_that_do_not_fit_are_refused_by_name(file: Path) -> None:
-    def refused(content: object, message: str) -> None:
+    v1, v2 = published("bisenetv1"), published("bisenetv2")
+    for content, message in (
+        ({}, "no state dict"),
+        ({"epoch": 3, "model": v1}, "no state dict"),
+        ({k: v for k, v in v1.items() if k.startswith("cp.")}, "neither a BiSeNetV1"),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "conv1.weight"),
+        ({k: v for k, v in v2.items() if "S5_5.conv_last" not in k}, "segment.S5_5.conv_last.conv.weight"),
+        (v1 | {"sp.conv2.conv.weight": torch.zeros(64, 64, 5, 5)}, "sp.conv2.conv.weight [64, 64, 5, 5] for [64, "),
+        (v1 | {"conv_out.conv_out.weight": torch.tensor(1.0)}, "conv_out.conv_out.weight"),
+    ):
         torch.save(content, file)
         with pytest.raises(ValueError, match=re.escape(str(file))) as raised:
-            bisenet.load(file, data="cityscapes")
+            bisenet.load(file, DATA)
         assert message in str(raised.value)
 
-    v1, v2 = published("bisenetv1"), published("bisenetv2")
-    refused({}, "no state dict")
-    refused({"epoch": 3, "model": v1}, "no state dict")
-    refused(Path("code"), "cannot be read as tensors and plain values: it wants pathlib.")
-    refused({k: v for k, v in v1.items() if k.startswith("cp.")}, "neither a BiSeNetV1")
-    refused({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "conv1.weight")
-    refused({k: v for k, v in v2.items() if "S5_5.conv_last" not in k}, "segment.S5_5.conv_last.conv.weight")
-    refused(v1 | {"sp.conv2.conv.weight": torch.zeros(64, 64, 5, 5)}, "sp.conv2.conv.weight [64, 64, 5, 5] for [64, ")
 
-
-@pytest.mark.parametrize("kind", ["network", "system", "script", "pickle", "empty", "text", "truncated"])
-def test_a_file_that_holds_more_than_tensors_is_refused_without_advice_to_run_it(kind: str, file: Path) -> None:
-    class System:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.system, ("true",)
-
-    torch.save({"a": torch.zeros(3)}, file)
-    whole = file.read_bytes()
-    expected = {"network": "it wants torch.nn.modules.linear.Linear, which is code; accepted: a state dict saved by",
-                "system": "it wants posix.system, which is code", "script": "it wants TorchScript, which is code",
-                "pickle": "UnpicklingError: Unsupported operand", "empty": "EOFError", "text": "KeyError: 101",
-                "truncated": "RuntimeError: PytorchStreamReader failed"}  # fmt: skip
-    if kind == "script":
-        torch.jit.script(torch.nn.Linear(2, 2)).save(str(file))
-    elif kind in ("network", "system"):
-        torch.save(torch.nn.Linear(2, 2) if kind == "network" else System(), file)
-    else:
-        content = {"pickle": pickle.dumps({"a": 3}), "empty": b"", "text": b"hello", "truncated": whole[:100]}
-        file.write_bytes(content[kind])
-    for reader in (checkpoint.read_any, lambda path: load_backbone(torch.nn.Linear(2, 2), path)):
-        with pytest.raises(ValueError, match=re.escape(f"{file} cannot be read")) as raised:
-            reader(file)
-        assert expected[kind] in str(raised.value)
-        assert not re.search("weights_only|\x1b|\n", str(raised.value))
-
-
-def test_a_checkpoint_is_found_below_the_home_directory(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(file.parent))
-    with pytest.raises(FileNotFoundError, match=rf"no file {re.escape(str(file))}; accepted: a \.ckpt or \.pth file"):
-        checkpoint.locate(f"~/{file.name}")
-    file.touch()
-    assert checkpoint.locate(f"~/{file.name}") == file
-
-
-def test_data_are_asked_for_exactly_where_they_are_needed(file: Path) -> None:
-    torch.save(published("bisenetv2"), file)
-    with pytest.raises(ValueError, match="weights for 19 classes and nothing else; accepted: the data set"):
-        bisenet.load(file)
-    with pytest.raises(ValueError, match="not written by bisenet: it holds the weights of a bisenetv2 alone"):
-        checkpoint.read(file)
-    complete = experiment.read_model(file, "cityscapes")
-    content: dict[str, Any] = {"global_step": 3, "state_dict": {}}
-    checkpoint.attach(content, complete.config, complete.classes)
-    torch.save(content, file)
-    assert experiment.read_model(file).step == 3
-    with pytest.raises(ValueError, match="knows the data set it was trained on"):
-        experiment.read_model(file, "cityscapes")
-
-
-# --- evaluated, trained from -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [
-        f"data.root={tmp_path_factory.mktemp('scenes') / 'scenes'}",
-        "data.synthetic={train: 2, val: 2, test: 1, size: [64, 128]}",
-        "data.workers=0",
-    ]
-
-
-def tiny(**options: Any) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    return BiSeNetV2(19, width_multiplier=0.25, **options).state_dict()
-
-
-@pytest.mark.parametrize("aux", [True, False])
-def test_published_weights_are_evaluated(aux: bool, file: Path, scenes: list[str], tmp_path: Path) -> None:
-    torch.save(tiny(aux=aux), file)
-    cfg = composed("data=synthetic", f"checkpoint={file}", "accelerator=cpu", *scenes, name="evaluate")
-    config.check(cfg)
-    typed = config.typed(cfg)
-    experiment.SegmentationDataModule(typed.data, composed().augment, seed=0).prepare_data()
-    (found,) = experiment.evaluate(typed, tmp_path)
-    assert found["step"] is None
-    assert found["checkpoint"] == str(file)
-    assert json.loads((tmp_path / "results.json").read_text())["step"] is None
+# --- weights to start from -------------------------------------------------------------------------------------------
 
 
 def test_finetuning_keeps_all_but_the_classifiers(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    state = tiny()
-    torch.save(state, file)
-    for n_classes in (19, 7):
-        network = BiSeNetV2(n_classes, width_multiplier=0.25)
-        with caplog.at_level(logging.INFO):
+    caplog.set_level(logging.INFO)
+    source = BiSeNetV2(19, width_multiplier=0.25).state_dict()
+    ours = {f"segmenter.network.{name}": value for name, value in source.items()}
+    for content in (source, {"state_dict": ours, "bisenet": {}}):
+        torch.save(content, file)
+        for n_classes in (19, 7):
+            network = BiSeNetV2(n_classes, width_multiplier=0.25)
             checkpoint.finetune(network, file)
-        kept = {name for name, value in network.state_dict().items() if torch.equal(value, state[name])}
-        fresh = set() if n_classes == 19 else {
-            f"{head}.conv_out.1.{kind}" for head in network.head_names for kind in ("weight", "bias")
-        }  # fmt: skip
-        assert set(network.state_dict()) - kept == fresh
-        assert all(name in caplog.text for name in fresh)
+            kept = {name for name, value in network.state_dict().items() if torch.equal(value, source[name])}
+            fresh = {f"{head}.conv_out.1.{kind}" for head in network.head_names for kind in ("weight", "bias")}
+            assert set(network.state_dict()) - kept == (set() if n_classes == 19 else fresh)
+    assert all(name in caplog.text for name in fresh)
     with pytest.raises(ValueError, match=r"finetune_from: .*model_final\.pth does not fit BiSeNetV2 before its heads"):
         checkpoint.finetune(BiSeNetV2(19, width_multiplier=0.5), file)
     torch.save(BiSeNetV1(4, generation="older", norm="inplace_abn").state_dict(), file)
@@ -248,29 +411,125 @@ def test_finetuning_keeps_all_but_the_classifiers(file: Path, caplog: pytest.Log
         checkpoint.finetune(BiSeNetV1(4, generation="older"), file)
 
 
-def test_training_starts_from_what_finetune_from_names(file: Path, scenes: list[str], tmp_path: Path) -> None:
-    torch.save({name: value + 0.5 for name, value in tiny().items()}, file)
-    cfg = composed("debug=fast", *scenes, "trainer.max_steps=1", "trainer.val_interval=1", "scheduler.warmup_steps=0",
-                   "optimizer.algorithm.lr=0", "model.network.width_multiplier=0.25", "trainer.progress=false",
-                   "trainer.accelerator=cpu", f"finetune_from={file}")  # fmt: skip
-    config.check(cfg)
-    experiment.train(cfg, tmp_path)
-    trained = checkpoint.read(tmp_path).weights
-    for name, value in tiny().items():
-        if name.endswith("weight"):
-            torch.testing.assert_close(trained[name], value + 0.5)
-    cfg.finetune_from = "nowhere.pth"
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
-        experiment.train(cfg, tmp_path / "other")
+def randomized(module: nn.Module) -> dict[str, Tensor]:
+    return {k: torch.rand(v.shape) if v.is_floating_point() else v for k, v in module.state_dict().items()}
 
 
-@pytest.mark.skipif("REFERENCE_ROOT" not in os.environ, reason="REFERENCE_ROOT names no checkout of the reference")
-@pytest.mark.parametrize("name", REFERENCES)
-def test_a_file_that_the_reference_saves_predicts_as_the_reference(name: str, file: Path) -> None:
-    theirs = deterministic(reference_network(name)).eval()
-    torch.save(theirs.state_dict(), file)
-    ours = bisenet.load(file, data="cityscapes").network.double()
-    image = images(2, 96, 64, torch.float64)
-    with torch.no_grad():
-        (actual,), expected = logits_of(ours, image), logits_of(theirs, image)[0]
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+def resnet18(zipped: bool, folder: Path) -> Path:
+    """torchvision's file with its classifier, in both ages: the older one is no zip archive and counts no batches."""
+    content = {**randomized(BiSeNetV1(19).cp.resnet), "fc.weight": torch.rand(1000, 512), "fc.bias": torch.rand(1000)}
+    content = {key: value for key, value in content.items() if zipped or "num_batches" not in key}
+    torch.save(content, folder / "resnet18.pth", _use_new_zipfile_serialization=zipped)
+    return folder / "resnet18.pth"
+
+
+def backbone_v2(folder: Path) -> Path:
+    """The reference's file: a state dict for each branch."""
+    network = BiSeNetV2(19)
+    content = {name: randomized(network.get_submodule(name)) for name in ("detail", "segment")}
+    torch.save(content, folder / "backbone_v2.pth")
+    return folder / "backbone_v2.pth"
+
+
+@pytest.mark.parametrize(
+    ("network", "backbone"),
+    [
+        (BiSeNetV1(19), "cp.resnet"),
+        (BiSeNetV1(19, structure="u_shape"), "cp.resnet"),
+        (BiSeNetV1(19, generation="older", norm="inplace_abn"), "cp.resnet"),
+        (BiSeNetV2(19), ""),
+        (BiSeNetV2(19, generation="older"), ""),
+    ],
+    ids=["v1", "u_shape", "v1_older", "v2", "v2_older"],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pretrained_weights_fill_the_backbone_and_nothing_else(
+    network: Any, backbone: str, zipped: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    file = resnet18(zipped, tmp_path) if backbone else backbone_v2(tmp_path)
+    given = torch.load(file, weights_only=True)
+    given = given if backbone else {f"{branch}.{key}": v for branch, part in given.items() for key, v in part.items()}
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    load_backbone(network, backbone, str(file))
+    for key, value in network.state_dict().items():
+        source = given.get(key.removeprefix(f"{backbone}.")) if key.startswith(backbone) else None
+        assert "num_batches" in key or torch.equal(value, before[key] if source is None else source), key
+    if backbone:
+        assert "100 of its 102 tensors fit ResNet18; unused: fc.weight, fc.bias" in caplog.text
+
+
+def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
+    wide = BiSeNetV2(19, width_multiplier=2.0)
+    before = {key: value.clone() for key, value in wide.state_dict().items()}
+    with pytest.raises(ValueError, match=r"backbone_v2\.pth: \d+ of its \d+ tensors fit .*; unused: detail\.S1.*null"):
+        load_backbone(wide, "", str(backbone_v2(tmp_path)))
+    assert all(torch.equal(wide.state_dict()[key], value) for key, value in before.items())
+    for content in ({"conv.weight": torch.rand(3)}, {}, [torch.rand(3)], torch.rand(3)):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=r"other\.pth: 0 of its \d tensors fit"):
+            load_backbone(wide, "", str(tmp_path / "other.pth"))
+    with pytest.raises(ValueError, match=r"backbone: got 'cp\.resnet', accepted: a module of the network"):
+        load_backbone(wide, "cp.resnet", "nowhere.pth")
+
+
+# --- fetching --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """Address and folder of a web server on this machine."""
+    (tmp_path / "www").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}", tmp_path / "www"
+        served.shutdown()
+
+
+def test_a_url_is_downloaded_once_and_a_wrong_download_is_not_kept(cache: Path, server: tuple[str, Path]) -> None:
+    address, folder = server
+    source = folder / "weights.pth"
+    source.write_bytes(b"content")
+    file = fetch(f"{address}/weights.pth?download=1")
+    assert (file, file.read_bytes()) == (cache / "weights.pth", b"content")
+    source.unlink()
+    assert fetch(f"{address}/weights.pth?download=1") == file
+    assert fetch(str(file)) == fetch(file.as_uri()) == file
+    (folder / "resnet18-f37072fd.pth").write_bytes(b"<html>please log in</html>")
+    with pytest.raises(ValueError, match=r"cannot be downloaded: invalid hash"):
+        fetch(f"{address}/resnet18-f37072fd.pth")
+    assert list(cache.iterdir()) == [file]
+
+
+def test_the_digest_in_the_name_or_given_is_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    plain = tmp_path / "resnet-eighteen.pth"
+    plain.write_bytes(b"content")
+    digest = hashlib.sha256(b"content").hexdigest()
+    fetch(str(plain))
+    assert digest in caplog.text  # nobody knows it
+    named = plain.rename(tmp_path / f"resnet18-{digest[:8]}.pth")
+    for given in (None, digest, digest[:12]):
+        assert fetch(str(named), given) == named
+    with pytest.raises(ValueError, match=rf"{named.name} has the sha256 {digest}, accepted after .*sha256: 00000000"):
+        fetch(str(named), "0" * 8)
+    with pytest.raises(ValueError, match="sha256: got 'abc', accepted: null, or 8 to 64 hexadecimal digits"):
+        fetch(str(named), "abc")
+    named.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"the end of its name: {digest[:8]}\.\.\."):
+        fetch(str(named))
+
+
+def test_what_cannot_be_had_says_what_to_do(cache: Path, server: tuple[str, Path]) -> None:
+    for url in (f"{server[0]}/lost.pth", "http://127.0.0.1:9/lost.pth"):
+        with pytest.raises(ValueError, match=rf"lost\.pth cannot be downloaded: .*Put the file into {cache}.* null"):
+            fetch(url)
+    with pytest.raises(ValueError, match=r"nowhere\.pth', which is no file; accepted: a path, a URL, or null"):
+        fetch("nowhere.pth")

@@ -1,26 +1,26 @@
-"""Views, their merging, and pictures in, train ids out."""
+"""Protocols, views, their merging, and images in, train ids out."""
 
+import json
 import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_config import composed
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-from bisenet import config, inference
+from bisenet import conf_dir, inference
 from bisenet.classes import ClassTable
-from bisenet.config import ProtocolConfig
-from bisenet.inference import Segmenter, predict, resize, view_size, windows
+from bisenet.inference import Protocol, Segmenter, predict, resize
 from bisenet.networks import BiSeNetV2, SegmentationOutput
 
 CLASSES = ClassTable.load("camvid")
@@ -42,11 +42,25 @@ class Patches(nn.Module):
         return SegmentationOutput(self.conv(image), ())
 
 
-@given(st.integers(1, 600), st.integers(1, 600), st.floats(0.1, 2), st.sampled_from([1, 8, 32]))
-def test_a_view_is_the_scaled_size_rounded_up(height: int, width: int, scale: float, multiple: int) -> None:
-    for side, viewed in zip((height, width), view_size((height, width), scale, multiple), strict=True):
-        assert viewed % multiple == 0
-        assert int(scale * side) <= viewed < max(int(scale * side), 1) + multiple
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scales": []}, {"scales": 0.5}, {"scales": [0]}, {"scales": [float("inf")]}, {"scales": "1"}, {"flip": "no"},
+        {"crop": 1, "window": [32, 32]}, {"size_multiple": 0}, {"size_multiple": 1.5}, {"crop": True}, {"stride": 0},
+        {"crop": True, "window": [32, 31]}, {"crop": True, "window": [64]}, {"short_side": 31}, {"merge": "mean"},
+    ],
+)  # fmt: skip
+def test_a_protocol_names_what_it_does_not_accept(wrong: dict[str, Any]) -> None:
+    key = "window" if wrong.get("crop") is True else next(iter(wrong))
+    with pytest.raises(ValueError, match=f"^{key}: got .*, accepted: "):
+        Protocol(**wrong)
+
+
+def test_a_protocol_is_a_plain_value() -> None:
+    protocol = Protocol(scales=[0.5, 1], crop=True, window=[64, 32])
+    assert protocol == Protocol(**json.loads(json.dumps(asdict(protocol))))
+    assert hash(protocol) == hash(Protocol((0.5, 1), crop=True, window=(64, 32)))
+    assert Protocol(window=[64, 32]).window is None  # without crop, as in the files of conf/protocol
 
 
 # ---------------------------------------------------------------- protocols, restated
@@ -61,7 +75,7 @@ class Seen(NamedTuple):
     mirrored: bool
 
 
-def restated(network: Patches, image: Tensor, protocol: ProtocolConfig) -> tuple[Tensor, set[Seen]]:
+def restated(network: Patches, image: Tensor, protocol: Protocol) -> tuple[Tensor, set[Seen]]:
     """A protocol as its description says it, a piece at a time, in float64: scores, and what was shown."""
     shown: set[Seen] = set()
     height, width = image.shape[-2:]
@@ -118,12 +132,13 @@ def restated(network: Patches, image: Tensor, protocol: ProtocolConfig) -> tuple
 
 
 protocols_ = st.builds(
-    ProtocolConfig,
+    Protocol,
     scales=st.lists(st.sampled_from([0.5, 0.75, 1.0, 1.25, 1.5, 1.75]), min_size=1, max_size=3, unique=True),
     flip=st.booleans(),
     size_multiple=st.sampled_from([8, 32]),
     short_side=st.sampled_from([None, None, 32, 48]),
     crop=st.booleans(),
+    window=st.just([32, 32]),
     stride=st.sampled_from([0.5, 2 / 3, 5 / 6, 1.0]),
     merge=st.sampled_from(["mean_prob", "log_prob", "reference"]),
 )
@@ -131,19 +146,15 @@ sides = st.integers(20, 120)
 window_sides = st.sampled_from([32, 40, 57, 64, 130])
 
 
-def with_window(protocol: ProtocolConfig, window: tuple[int, int]) -> ProtocolConfig:
-    return replace(protocol, window=list(window)) if protocol.crop else protocol
-
-
 @settings(max_examples=60)
 @given(sides, sides, st.integers(2, 30), protocols_, window_sides, window_sides, st.booleans(), st.integers(0, 9))
 def test_a_protocol_is_what_its_description_says(
-    height: int, width: int, classes: int, protocol: ProtocolConfig, ch: int, cw: int, align_corners: bool, seed: int
+    height: int, width: int, classes: int, protocol: Protocol, ch: int, cw: int, align_corners: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     network, image = Patches(classes), torch.randn(1, 3, height, width)
     network.align_corners = align_corners
-    protocol = with_window(protocol, (ch, cw))
+    protocol = replace(protocol, window=(ch, cw))
     (found,) = predict(network, image, [protocol], 10_000)
     expected, _ = restated(network.double(), image.double(), protocol)
     best = expected.topk(2, dim=1)
@@ -155,11 +166,11 @@ def test_a_protocol_is_what_its_description_says(
 
 @given(sides, sides, st.lists(protocols_, min_size=2, max_size=4), window_sides, st.integers(1, 30_000))
 def test_what_protocols_share_is_forwarded_once_and_alters_none(
-    height: int, width: int, protocols: list[ProtocolConfig], window: int, most: int
+    height: int, width: int, protocols: list[Protocol], window: int, most: int
 ) -> None:
     torch.manual_seed(width)
     network, image = Patches(), torch.randn(1, 3, height, width)
-    protocols = [with_window(protocol, (window, window)) for protocol in protocols]
+    protocols = [replace(protocol, window=(window, window)) for protocol in protocols]
     views: set[Seen] = set()
     for protocol in protocols:
         views |= restated(network, image, protocol)[1]
@@ -185,13 +196,17 @@ def test_the_presets_share_most_of_their_views() -> None:
         areas["+".join(names)] = sum(n * h * w for n, _, h, w in network.seen) / (64 * 128)
     together = areas.pop("+".join(presets))
     assert areas["ss"] == 1
-    assert areas["mscf"] == 37  # 74 windows of half the picture
+    assert areas["mscf"] == 37  # 74 windows of half the image
     assert together < sum(areas.values()) - 10
 
 
-def all_presets(window: list[int]) -> dict[str, ProtocolConfig]:
-    cfg = composed("protocol=all", f"data.eval_window={window}")
-    return config.protocols(config.typed(cfg.protocol), config.typed(cfg.data))
+def all_presets(window: list[int]) -> dict[str, Protocol]:
+    presets: dict[str, Protocol] = {}
+    for name in ("ss", "half", "ssc", "msf", "mscf", "mscf_older"):
+        node = yaml.safe_load(Path(conf_dir(), "protocol", f"{name}.yaml").read_text())[name]
+        own = {key: value for key, value in node.items() if key not in ("_target_", "window", "short_side")}
+        presets[name] = Protocol(**own, window=window)
+    return presets
 
 
 @pytest.mark.parametrize("generation", ["current", "older"])
@@ -203,8 +218,8 @@ def test_a_single_view_is_the_argmax_of_the_logits_bit_by_bit(generation: str) -
         view = interpolate(image, (96, 128), mode="bilinear", align_corners=True)
         logits = interpolate(network(view).logits, (96, 128), mode="bilinear", align_corners=network.align_corners)
         expected = interpolate(logits, (72, 100), mode="bilinear", align_corners=True).argmax(1)
-        (found,) = predict(network, image, [ProtocolConfig()], 10**9)
-        beside, _ = predict(network, image, [ProtocolConfig(), ProtocolConfig(flip=True)], 10**9)
+        (found,) = predict(network, image, [Protocol()], 10**9)
+        beside, _ = predict(network, image, [Protocol(), Protocol(flip=True)], 10**9)
     assert torch.equal(found.train_ids, expected)
     assert torch.equal(beside.train_ids, expected)
 
@@ -218,7 +233,7 @@ def test_taking_some_classes_at_a_time_bounds_memory_and_changes_no_label(
     network, image = Patches(classes), torch.randn(2, 3, 70, 90)
     network.align_corners = align_corners
     network.conv.weight.data[-1] = network.conv.weight.data[0]  # two classes that tie
-    (whole,) = predict(network, image, [ProtocolConfig()], 10**9)
+    (whole,) = predict(network, image, [Protocol()], 10**9)
     assert (whole.train_ids == 0).any()
     assert not (whole.train_ids == classes - 1).any()
     held: list[int] = []
@@ -232,34 +247,9 @@ def test_taking_some_classes_at_a_time_bounds_memory_and_changes_no_label(
     for most in (1, 2 * 96 * 96, 10 * 96 * 96):
         held.clear()
         monkeypatch.setattr(inference, "_SCORES_AT_A_TIME", most)
-        (some,) = predict(network, image, [ProtocolConfig()], 10**9)
+        (some,) = predict(network, image, [Protocol()], 10**9)
         assert torch.equal(some.train_ids, whole.train_ids)
         assert max(held) <= max(most, 2 * 96 * 96)
-
-
-@given(sides, sides, window_sides, window_sides, st.floats(0.05, 1))
-def test_windows_cover_every_pixel_and_leave_a_view_only_to_centre_it(
-    height: int, width: int, ch: int, cw: int, stride: float
-) -> None:
-    covered = np.zeros((height, width), int)
-    for top, left, bottom, right, _ in windows((height, width), (ch, cw), stride):
-        assert (bottom - top, right - left) == (ch, cw)
-        covered[max(top, 0) : bottom, max(left, 0) : right] += 1
-        for start, end, side in ((top, bottom, height), (left, right, width)):
-            inside = start >= 0 and end <= side
-            centred = start <= 0 and end >= side and abs(-start - (end - side)) <= 1
-            assert inside or centred
-    assert covered.min() >= 1
-
-
-def test_a_batch_is_its_pictures() -> None:
-    torch.manual_seed(0)
-    network, images = Patches(), torch.randn(3, 3, 50, 70)
-    presets = list(all_presets(window=[32, 32]).values())
-    together = predict(network, images, presets, 10_000)
-    for i in range(3):
-        for found, alone in zip(together, predict(network, images[i : i + 1], presets, 10_000), strict=True):
-            assert (found.train_ids[i] != alone.train_ids[0]).sum() <= 1
 
 
 _MEMORY = """
@@ -297,13 +287,13 @@ def test_all_protocols_together_stay_within_four_gibibytes(case: tuple[str | int
 # ---------------------------------------------------------------- the segmenter
 
 
-def segmenter_of(network: nn.Module, **protocols: ProtocolConfig) -> Segmenter:
-    return Segmenter(network, CLASSES, [0.4] * 3, [0.3] * 3, protocols or {"ss": ProtocolConfig()})
+def segmenter_of(network: nn.Module, **protocols: Protocol) -> Segmenter:
+    return Segmenter(network, CLASSES, [0.4] * 3, [0.3] * 3, protocols or {"ss": Protocol()})
 
 
 def test_the_first_protocol_predicts_and_each_can_be_asked_for() -> None:
     torch.manual_seed(0)
-    segmenter = segmenter_of(Patches(), half=ProtocolConfig([0.5]), ss=ProtocolConfig())
+    segmenter = segmenter_of(Patches(), half=Protocol([0.5]), ss=Protocol())
     image = torch.randint(0, 256, (1, 3, 70, 90), dtype=torch.uint8)
     found = segmenter.predictions(image, ["ss", "half"])
     assert torch.equal(segmenter(image), found["half"].train_ids)
@@ -312,8 +302,8 @@ def test_the_first_protocol_predicts_and_each_can_be_asked_for() -> None:
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_predictions_have_their_own_precision_within_a_training(precision: str, dtype: torch.dtype) -> None:
-    segmenter = segmenter_of(network := Patches())
-    segmenter.precision = precision
+    network = Patches()
+    segmenter = Segmenter(network, CLASSES, [0.4] * 3, [0.3] * 3, {"ss": Protocol()}, precision=precision)
     image = torch.randint(0, 256, (1, 3, 70, 90), dtype=torch.uint8)
     computed: list[torch.dtype] = []
     network.conv.register_forward_hook(lambda _, __, out: computed.append(out.dtype))
@@ -325,14 +315,27 @@ def test_predictions_have_their_own_precision_within_a_training(precision: str, 
 
 
 def test_normalisation_is_that_of_the_data_set() -> None:
-    segmenter = Segmenter(Patches(), CLASSES, [0.2, 0.4, 0.6], [0.1, 0.2, 0.5], {"ss": ProtocolConfig()})
+    segmenter = Segmenter(Patches(), CLASSES, [0.2, 0.4, 0.6], [0.1, 0.2, 0.5], {"ss": Protocol()})
     image = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     mean, std = torch.tensor([0.2, 0.4, 0.6]).view(3, 1, 1), torch.tensor([0.1, 0.2, 0.5]).view(3, 1, 1)
     torch.testing.assert_close(segmenter.normalize(image), (image / 255 - mean) / std)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"precision": "fp8"}, {"max_pixels_per_batch": 0}, {"mean": [0.1, 0.2]}, {"std": [0.1, 0, 1]},
+        {"protocols": {}}, {"protocols": {"../ss": Protocol()}},
+    ],
+)  # fmt: skip
+def test_a_segmenter_names_what_it_does_not_accept(wrong: dict[str, Any]) -> None:
+    sound = {"mean": [0.4] * 3, "std": [0.3] * 3, "protocols": {"ss": Protocol()}}
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong)).removesuffix('s')}: got .*, accepted: "):
+        Segmenter(Patches(), CLASSES, **(sound | wrong))
+
+
 @given(st.integers(1, 130), st.integers(1, 130))
-def test_a_picture_of_any_size_is_segmented(height: int, width: int) -> None:
+def test_an_image_of_any_size_is_segmented(height: int, width: int) -> None:
     segmenter = segmenter_of(Patches())
     rgb = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     mask = segmenter.predict(rgb)
@@ -352,7 +355,7 @@ def test_predicting_leaves_the_mode_alone_and_does_not_touch_statistics() -> Non
 
 @pytest.mark.parametrize("wrong", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3)),
                                    np.zeros((0, 8, 3), np.uint8)])  # fmt: skip
-def test_what_is_no_rgb_picture_is_refused(wrong: np.ndarray) -> None:
+def test_what_is_no_rgb_image_is_refused(wrong: np.ndarray) -> None:
     segmenter = segmenter_of(Patches())
-    with pytest.raises(ValueError, match="RGB picture"):
+    with pytest.raises(ValueError, match="an RGB image"):
         segmenter.predict(wrong)

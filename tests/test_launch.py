@@ -7,29 +7,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from test_config import composed
+from conftest import composed
 from test_experiment import FAST, ROOT, rows, same, script, train
 from torch import nn
 
-from bisenet import config, experiment, launch
-from bisenet.classes import ClassTable
-from bisenet.experiment import build
-from bisenet.optim import CountingGradScaler
+from bisenet import experiment, launch
+from bisenet.callbacks import LossScale
 
 TWO = ["strategy=ddp", "trainer.devices=2", "data.batch_size=4"]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for pictures without ignored pixels, of which the validation split has an odd number."""
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for images without ignored pixels, of which the validation split has an odd number."""
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in {"train": 6, "val": 5, "test": 1}.items():
         for folder in (root / split, root / f"{split}annot"):
@@ -43,14 +42,15 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(tmp_path: Path, pictures: list[str]) -> None:
-    start = build(composed("model=bisenetv1_diss", "init_seed=5"), ClassTable.load("camvid")).segmenter.network
+def test_two_processes_train_like_one(tmp_path: Path, images: list[str]) -> None:
+    cfg = composed("model=bisenetv1_diss", "init_seed=5", "data=camvid")
+    start = experiment.build_segmenter(cfg, experiment.build_data(cfg)).network
     torch.save(start.state_dict(), tmp_path / "start.pth")  # which the first process reads, for both
-    settings = [*pictures, "data.limit=null", "model=bisenetv1_diss", "loss=cross_entropy", "augment.scale=[1,1]",
+    settings = [*images, "data.limit=null", "model=bisenetv1_diss", "loss=cross_entropy", "augment.crop.scale=[1,1]",
                 "finetune_from=start.pth", "+callbacks.freeze={_target_: probe.FreezeNorm}",
                 "+callbacks.weights={_target_: probe.SaveWeights}"]  # fmt: skip
     for folder, devices in {"one": [], "two": TWO}.items():
-        done = script("train.py", "debug=fast", "trainer.accelerator=cpu", "trainer.progress=false", *settings,
+        done = script("train.py", "debug=fast", "trainer.accelerator=cpu", "~callbacks.progress", *settings,
                       *devices, f"hydra.run.dir={folder}", cwd=tmp_path)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
@@ -70,7 +70,7 @@ def test_two_processes_train_like_one(tmp_path: Path, pictures: list[str]) -> No
 
 @pytest.mark.slow
 def test_jobs_of_a_sweep_may_use_several_processes(tmp_path: Path, scenes: list[str]) -> None:
-    done = script("train.py", "-m", "debug=fast", "trainer.accelerator=cpu", "trainer.progress=false", *scenes, *TWO,
+    done = script("train.py", "-m", "debug=fast", "trainer.accelerator=cpu", "~callbacks.progress", *scenes, *TWO,
                   "model.network.width_multiplier=0.25", "seed=1,2", "trainer.max_steps=3", "hydra.sweep.dir=sweep",
                   "hydra.sweep.subdir=${seed}", "+callbacks.weights={_target_: probe.SaveWeights}",
                   cwd=tmp_path)  # fmt: skip
@@ -79,7 +79,7 @@ def test_jobs_of_a_sweep_may_use_several_processes(tmp_path: Path, scenes: list[
         assert json.loads((tmp_path / "sweep" / seed / "results.json").read_text())["step"] == 3
         assert json.loads((tmp_path / "sweep" / seed / "provenance.json").read_text())["seeds"]["seed"] == int(seed)
         first, second = (torch.load(tmp_path / "sweep" / seed / f"rank_{rank}.pt") for rank in (0, 1))
-        assert same(first, second)  # running statistics included, though each process saw other pictures
+        assert same(first, second)  # running statistics included, though each process saw other images
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_the_processes_end_with_the_job(tmp_path: Path, scenes: list[str]) -> No
         with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
             wait_until(lambda run=run: (run / "metrics.csv").exists(), "it trains")
             job.send_signal(how)
-        wait_until(lambda run=run: not running(str(run)), "all processes have ended")
+        wait_until(lambda: not running(tmp_path), "all processes have ended")
         assert job.returncode != 0
 
 
@@ -104,13 +104,12 @@ def wait_until(happened: Callable[[], bool], what: str) -> None:
         time.sleep(0.2)
 
 
-def running(word: str) -> list[str]:
-    """Command lines and job files of the processes that know the word."""
+def running(folder: Path) -> list[Path]:
+    """The processes that work in a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            line = (process / "cmdline").read_text()
-            found += [line] if word in line or ("bisenet.launch" in line and "job.json" in line) else []
+            found += [process] if (process / "cwd").readlink() == folder else []
         except OSError:  # it has ended
             continue
     return found
@@ -120,7 +119,7 @@ def running(word: str) -> list[str]:
 def test_a_process_that_fails_ends_the_job_with_its_error(tmp_path: Path, scenes: list[str]) -> None:
     done = train(tmp_path, "run", *scenes, *TWO, "+callbacks.fail={_target_: probe.Fail}")
     assert done.returncode == 1
-    assert "ChildProcessError: strategy=ddp: process 1: RuntimeError: the second process cannot go on" in done.stderr
+    assert "ChildProcessError: process 1 of 2: RuntimeError: the second process cannot go on" in done.stderr
     assert "in on_train_batch_start" in (tmp_path / "run" / "train.log").read_text()  # the traceback stays with the run
 
 
@@ -128,7 +127,7 @@ def test_a_process_that_fails_ends_the_job_with_its_error(tmp_path: Path, scenes
 def test_a_mistake_is_told_without_a_traceback_whatever_the_number_of_processes(tmp_path: Path) -> None:
     done = train(tmp_path, "run", *TWO, "data=cityscapes", "data.root=nowhere")
     assert done.returncode == 1
-    assert "strategy=ddp: process 0: FileNotFoundError: data.root: nowhere is not a folder" in done.stderr
+    assert "process 0 of 2: FileNotFoundError: data.root: nowhere is not a folder" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -171,71 +170,49 @@ def test_torchruns_of_several_nodes_train_one_run(tmp_path: Path, scenes: list[s
     assert json.loads((tmp_path / "run" / "results.json").read_text())["step"] == 6
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["trainer.devices=2"], "trainer.devices: got 2, accepted: 1, or more with strategy=ddp"),
-        (["trainer.num_nodes=2"], "trainer.num_nodes: got 2, accepted: 1, or more with strategy=ddp"),
-        (["strategy=ddp", "trainer.devices=3"], "data.batch_size: got 4, accepted: a multiple of 3"),
-    ],
-)
-def test_impossible_devices_are_refused(overrides: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        config.check(composed(*overrides))
-
-
-def test_several_nodes_need_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_processes_is_that_of_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(ValueError, match="torchrun"):
-        launch.train(composed("strategy=ddp", "trainer.num_nodes=2"), tmp_path)
+    assert [launch.processes_here(devices) for devices in (1, 3, "2", [0, 1], "auto")] == [
+        1, 3, 2, 2, max(1, torch.cuda.device_count())]  # fmt: skip
+    monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun has started us
+    assert launch.processes_here(8) == 1
+
+
+def test_several_nodes_need_torchrun(tmp_path: Path) -> None:
+    done = script("train.py", "strategy=ddp", "trainer.num_nodes=2", "trainer.devices=2", cwd=tmp_path)
+    assert "ValueError: trainer.num_nodes: got 2, accepted: 1, unless torchrun" in done.stderr
 
 
 @pytest.mark.parametrize("model", ["bisenetv1", "bisenetv1_ushape", "bisenetv2", "older"])
 def test_synchronised_batch_norm_takes_the_place_of_every_batch_norm_and_leaves_no_trace(model: str) -> None:
-    overrides = (
-        ["model=bisenetv1_diss", "model.network.generation=older", "model.network.norm=inplace_abn"]
-        if model == "older"
-        else [f"model={model}"]
-    )
-    cfg = composed(*overrides)
-    network = build(cfg, ClassTable.load("cityscapes")).segmenter.network
+    older = ["model=bisenetv1_diss", "model.network.generation=older", "model.network.norm=inplace_abn"]
+    cfg = composed(*(older if model == "older" else [f"model={model}"]))
+    data = experiment.build_data(cfg)
+    network = experiment.build_segmenter(cfg, data).network
     before = {name: value.clone() for name, value in network.state_dict().items()}
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     assert any(isinstance(layer, nn.SyncBatchNorm) for layer in converted.modules())
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in converted.modules())
     assert same(dict(converted.state_dict()), before)
-    build(cfg, ClassTable.load("cityscapes")).segmenter.network.load_state_dict(converted.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("gpu", "devices", "wanted", "converted"),
-    [(True, 2, True, True), (True, 2, False, False), (True, 1, True, False), (False, 2, True, False)],
-)
-def test_batch_norm_is_synchronised_on_several_gpus_only(
-    gpu: bool, devices: int, wanted: bool, converted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where it is, an image per device is enough to train on."""
-    monkeypatch.setattr(experiment, "_on_gpu", lambda _: gpu)
-    cfg = composed("strategy=ddp", f"trainer.devices={devices}", f"strategy.sync_batchnorm={str(wanted).lower()}",
-                   f"data.batch_size={devices}", "model.network.width_multiplier=0.25")  # fmt: skip
-    assert experiment._strategy(config.typed(cfg))["sync_batchnorm"] is converted
-    module = build(cfg, ClassTable.load("cityscapes"))
-    with nullcontext() if converted else pytest.raises(ValueError, match=r"data\.batch_size: got .* synchronised"):
-        experiment._rehearse(cfg, module)
+    experiment.build_segmenter(cfg, data).network.load_state_dict(converted.state_dict())
 
 
 def test_overflows_are_counted_and_the_count_survives_a_checkpoint() -> None:
     parameter = nn.Parameter(torch.ones(()))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
-    scaler = CountingGradScaler("cpu", init_scale=4.0, growth_interval=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    logged: dict[str, float] = {}
+    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), global_step=0, log_every_n_steps=1)
+    module: Any = SimpleNamespace(device="cpu", log_dict=logged.update)
+    counter = LossScale()
     for factor in (1.0, float("inf"), 1.0, float("nan"), float("inf"), 1.0):
         optimizer.zero_grad()
+        counter.on_train_batch_start(trainer, module, None, 0)
         scaler.scale(parameter * factor).backward()
         scaler.step(optimizer)
         scaler.update()
-    assert scaler.overflows == 3
-    assert parameter.item() == pytest.approx(1 - 3 * 0.1)
-    resumed = CountingGradScaler("cpu")
-    resumed.load_state_dict(scaler.state_dict())
-    assert resumed.overflows == 3
-    assert resumed.get_scale() == scaler.get_scale()
+        counter.on_train_batch_end(trainer, module, None, None, 0)
+    assert logged == {"precision/overflows": 3.0, "precision/scale": scaler.get_scale()}
+    resumed = LossScale()
+    resumed.load_state_dict(counter.state_dict())
+    assert resumed.state_dict() == {"overflows": 3}

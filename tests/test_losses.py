@@ -2,7 +2,9 @@
 
 import math
 import threading
+import time
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from bisenet import ops
-from bisenet.losses import CrossEntropy, DeepSupervision, OhemCrossEntropy, enet_class_weights
+from bisenet import losses
+from bisenet.losses import (
+    CrossEntropy,
+    DeepSupervision,
+    OhemCrossEntropy,
+    cross_entropy,
+    enet_class_weights,
+    ohem_cross_entropy,
+)
 from bisenet.networks import SegmentationOutput
-from bisenet.ops import _pixel_losses, _sum_of_hardest, cross_entropy, ohem_cross_entropy
 
 IGNORE = 255
 
@@ -34,7 +42,7 @@ def oracle(logits: Tensor, target: Tensor, *, threshold: float, min_kept: float 
 
 def ohem(logits: Tensor, target: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
     settings = {"threshold": 0.7, "min_kept": 0.0625, "normalizer": "kept", "align_corners": False, **changes}
-    return ohem_cross_entropy(logits, target, ignore_index=changes.pop("ignore_index", IGNORE), **settings)
+    return ohem_cross_entropy(logits, target, **settings)
 
 
 def gradient(loss: Tensor, logits: Tensor) -> Tensor:
@@ -91,16 +99,20 @@ def test_value_count_and_gradient_equal_the_oracle(case, rule, align):
     torch.testing.assert_close(gradient(loss, case.logits), gradient(true_loss, case.logits), rtol=1e-8, atol=1e-12)
 
 
+class Elsewhere(Tensor):
+    """A tensor on the CPU that says it is on another device, as far as the loss looks."""
+
+    device = SimpleNamespace(type="elsewhere")  # type: ignore[assignment]
+
+
 @given(cases, rules)
 def test_the_path_without_host_synchronisation_is_the_same_function(case, rule):
-    results = []
-    for on_host in (True, False):
-        losses, valid = _pixel_losses(case.logits, case.target, IGNORE, False, on_host)
-        n_min = torch.tensor(rule["min_kept"] if isinstance(rule["min_kept"], int) else 50).clamp(max=valid)
-        total, kept = _sum_of_hardest(losses, -math.log(rule["threshold"]), n_min, on_host)
-        results.append((total, kept, gradient(total, case.logits)))
-    for on_host, on_device in zip(*results, strict=True):
-        torch.testing.assert_close(on_device, on_host, rtol=1e-9, atol=1e-12)
+    loss, kept = ohem(*case, **rule)
+    there, kept_there = ohem(case.logits.as_subclass(Elsewhere), case.target, **rule, impl="torch")
+    assert kept_there == kept
+    torch.testing.assert_close(there.as_subclass(Tensor), loss, rtol=1e-9, atol=1e-12)
+    found = gradient(there, case.logits).as_subclass(Tensor)
+    torch.testing.assert_close(found, gradient(loss, case.logits), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (64, 64)], ids=["upsampled", "full size"])
@@ -115,10 +127,9 @@ def test_off_the_host_nothing_reads_data_back(size):
 def test_off_the_host_an_unknown_label_gives_nan_in_value_and_gradient():
     case = make_case()
     case.target[0, 3, 4] = 19
-    losses, _ = _pixel_losses(*case, IGNORE, False, False)
-    total, _ = _sum_of_hardest(losses, -math.log(0.7), torch.tensor(100), False)
-    assert total.isnan()
-    assert gradient(total, case.logits).isnan().any()
+    loss, _ = ohem(case.logits.as_subclass(Elsewhere), case.target, impl="torch")
+    assert loss.isnan()
+    assert gradient(loss, case.logits).isnan().any()
 
 
 @pytest.mark.parametrize("rule", [{}, {"threshold": 1e-9}, {"min_kept": 5000, "normalizer": "at_least_n_min"}], ids=str)
@@ -142,7 +153,7 @@ def test_the_older_rule_is_a_mean_over_at_least_n_min_pixels(case, n_min):
 
 @given(cases)
 def test_keeping_all_is_the_mean_and_keeping_more_never_raises_the_loss(case):
-    mean, valid = cross_entropy(*case, ignore_index=IGNORE, align_corners=False)
+    mean, valid = cross_entropy(*case, align_corners=False)
     everything, kept = ohem(*case, min_kept=1.0)
     torch.testing.assert_close(everything, mean, rtol=1e-9, atol=1e-12)
     assert kept == valid == (case.target != IGNORE).sum()
@@ -212,7 +223,7 @@ def test_a_nan_logit_gives_a_nan_loss(rule, full_size, where):
     with torch.no_grad():
         case.logits[1, 3, 2, 2] = math.nan
     assert ohem(*case, **rule)[0].isnan()
-    assert cross_entropy(*case, ignore_index=IGNORE, align_corners=False)[0].isnan()
+    assert cross_entropy(*case, align_corners=False)[0].isnan()
 
 
 def test_infinite_logits():
@@ -246,19 +257,17 @@ def test_labels_outside_the_classes_are_named(dtype, full_size):
             ohem(case.logits, target)
 
 
-@pytest.mark.parametrize(
-    ("classes", "ignore_index"), [(19, 255), (19, 3), (256, 7), (256, -1), (256, -100), (256, 300), (300, 7)]
-)
-def test_label_types_agree_and_never_wrap(classes, ignore_index):
-    """In uint8, 256 would become 0, -1 would become 255, -100 156 and 300 44."""
+@pytest.mark.parametrize("classes", [19, 255, 256, 300])
+def test_label_types_agree_and_never_wrap(classes):
+    """In uint8, 256 would become 0 and 300 would become 44; 255 is ignored also where there are more classes."""
     case = make_case(classes=classes, ignored=0.0)
     case.target[0, :3] = torch.tensor([[255], [156], [44]]).clamp(max=classes - 1)
     full = F.interpolate(case.logits, (37, 53), mode="bilinear")
-    expected = F.cross_entropy(full, case.target.long(), ignore_index=ignore_index)
+    expected = F.cross_entropy(full, case.target.long(), ignore_index=IGNORE)
     for target in (case.target, case.target.long()):
-        loss, kept = cross_entropy(case.logits, target, ignore_index=ignore_index, align_corners=False)
+        loss, kept = cross_entropy(case.logits, target, align_corners=False)
         torch.testing.assert_close(loss, expected)
-        assert kept == (case.target.long() != ignore_index).sum()
+        assert kept == (case.target != IGNORE).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -329,7 +338,7 @@ def test_shapes_and_types_that_do_not_fit_are_named():
 @given(cases, st.integers(0, 2**16))
 def test_weighted_cross_entropy_is_that_of_torch(case, seed):
     weights = torch.rand(case.logits.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
-    loss, kept = cross_entropy(*case, ignore_index=IGNORE, align_corners=False, class_weights=weights)
+    loss, kept = cross_entropy(*case, align_corners=False, class_weights=weights)
     full = F.interpolate(case.logits, case.target.shape[-2:], mode="bilinear")
     expected = F.cross_entropy(full, case.target.long(), weights, ignore_index=IGNORE)
     assert kept.item() == (case.target != IGNORE).sum()
@@ -370,7 +379,7 @@ def test_enet_weights_follow_the_formula_of_the_paper():
     assert weights == pytest.approx([1 / math.log(1.02), 1 / math.log(2.0), 1 / math.log(1.04)])
 
 
-@pytest.mark.parametrize("criterion", [OhemCrossEntropy(ignore_index=IGNORE), CrossEntropy(ignore_index=IGNORE)])
+@pytest.mark.parametrize("criterion", [OhemCrossEntropy(), CrossEntropy()])
 @pytest.mark.parametrize("n_aux", [0, 3])
 def test_deep_supervision_sums_heads_at_their_own_strides(criterion, n_aux):
     heads = [
@@ -411,56 +420,35 @@ def test_impossible_arguments_are_refused(arguments, message):
         DeepSupervision(CrossEntropy(), aux_weight=-1)
 
 
-@pytest.mark.parametrize(("threads", "seen"), [(2, 1), (4, 4)])
-def test_few_threads_are_one_in_the_whole_loss(threads: int, seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after the tiles, which take one for themselves."""
-    found: list[int] = []
-    select = ops._sum_of_hardest
-    monkeypatch.setattr(ops, "_sum_of_hardest", lambda *a: (found.append(torch.get_num_threads()), select(*a))[1])
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        OhemCrossEntropy()(torch.randn(2, 3, 4, 4), torch.zeros(2, 16, 16, dtype=torch.uint8))
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    assert found == [seen]
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [([-1.0, 1.0], r"class_weights: got \[-1.0, 1.0\], accepted"), ([0, 0], "not all 0"), ([1, math.inf], "finite"),
+     ([], "not all 0"), ([1.0, 2.0], "class_weights: got 2, accepted: as many as classes, 19")],
+)  # fmt: skip
+def test_impossible_class_weights_are_refused(weights, message):
+    for make in (CrossEntropy, OhemCrossEntropy):
+        with pytest.raises(ValueError, match=message):
+            make(class_weights=weights)(*make_case())
+    with pytest.raises(ValueError, match="impl: got 'cuda' with class_weights"):
+        CrossEntropy([1.0], "cuda")
 
 
-def test_the_number_of_threads_survives_callers_that_overlap():
-    """The second caller begins on a new thread, within the first one's single thread, and leaves after it."""
+def test_callers_on_several_threads_take_turns_and_leave_the_number_of_threads_as_it_was():
     before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    first_is_inside, second_is_inside, first_has_left = (threading.Event() for _ in range(3))
     found = []
 
-    def first(_):
-        first_is_inside.set()
-        assert second_is_inside.wait(60)
+    def call():
+        with losses._one_thread():
+            found.append(torch.get_num_threads())
+            time.sleep(0.01)
 
-    def second(_):
-        found.append(torch.get_num_threads())
-        second_is_inside.set()
-        assert first_has_left.wait(60)
-
-    def overlap():
-        ops._for_each_image(second, 1)
-        found.append(torch.get_num_threads())
-
-    other, later = (
-        threading.Thread(target=overlap),
-        threading.Thread(target=lambda: found.append(torch.get_num_threads())),
-    )
     try:
-        starter = threading.Thread(target=lambda: (first_is_inside.wait(60), other.start()))
-        starter.start()
-        ops._for_each_image(first, 1)
-        found.append(torch.get_num_threads())
-        first_has_left.set()
-        starter.join()
-        other.join()
-        later.start()
-        later.join()
+        torch.set_num_threads(4)
+        threads = [threading.Thread(target=call) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (found, torch.get_num_threads()) == ([1] * 8, 4)
     finally:
         torch.set_num_threads(before)
-    assert found == [1, 4, 4, 4]

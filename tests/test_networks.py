@@ -1,17 +1,13 @@
 """The networks: golden sizes, shapes for any input, initialisation, and parity with the reference implementation.
 
 The reference is github.com/CoinCheung/BiSeNet at commit 6b4b67a. Its parameter names and outputs are recorded in
-tests/data/networks; `REFERENCE_ROOT=<checkout> python tests/test_networks.py` records them again, and with the same
-variable set `test_live_parity_with_the_reference` compares gradients and running statistics as well.
+tests/data/networks; `python tests/test_networks.py <checkout>` records them again.
 """
 
 import contextlib
 import copy
 import importlib
-import io
 import math
-import os
-import re
 import sys
 import types
 import zlib
@@ -25,7 +21,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import model_zoo
@@ -44,14 +39,8 @@ VARIANTS: dict[str, Callable[..., SegmentationNetwork]] = {
     "bisenetv2": BiSeNetV2,
     "bisenetv2_large": lambda n, **options: BiSeNetV2(n, width_multiplier=2, depth_multiplier=3, **options),
 }
-GENERATIONS = ("current", "older")
-EVERY_NETWORK = [
-    (variant, options)
-    for variant in VARIANTS
-    for generation in GENERATIONS
-    for norm in (("bn", "inplace_abn") if "v1" in variant else (None,))
-    for options in ({"generation": generation} | ({"norm": norm} if norm else {}),)
-]
+GENERATIONS, LENGTHS = ("current", "older"), st.integers(64, 130)
+OLDEST = {"generation": "older", "norm": "inplace_abn"}
 
 
 def parameters(network: nn.Module) -> int:
@@ -62,44 +51,28 @@ def images(batch: int, height: int, width: int, dtype: torch.dtype = torch.float
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
-# --- sizes -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("variant", "generation", "with_aux", "without_aux"),
+    ("variant", "generation", "with_aux", "without_aux", "gmacs"),
     [
-        ("bisenetv1", "current", 13_425_721, 13_275_539),
-        ("bisenetv1", "older", 13_392_384, 13_242_240),
-        ("bisenetv1_diss", "current", 13_333_753, 13_183_571),
-        ("bisenetv1_diss", "older", 13_300_416, 13_150_272),
-        ("bisenetv1_ushape", "current", 12_037_881, 11_887_699),
-        ("bisenetv2", "current", 5_231_487, 3_358_627),
-        ("bisenetv2", "older", 3_645_935, 3_358_627),
-        ("bisenetv2_large", "current", 19_689_487, 17_540_147),
+        ("bisenetv1", "current", 13_425_721, 13_275_539, 118.3),
+        ("bisenetv1", "older", 13_392_384, 13_242_240, None),
+        ("bisenetv1_diss", "current", 13_333_753, 13_183_571, 107.1),
+        ("bisenetv1_diss", "older", 13_300_416, 13_150_272, None),
+        ("bisenetv1_ushape", "current", 12_037_881, 11_887_699, 92.6),
+        ("bisenetv2", "current", 5_231_487, 3_358_627, 98.4),
+        ("bisenetv2", "older", 3_645_935, 3_358_627, None),
+        ("bisenetv2_large", "current", 19_689_487, 17_540_147, 332.3),
     ],
 )
-def test_parameter_counts(variant: str, generation: str, with_aux: int, without_aux: int) -> None:
-    for norm in ("bn", "inplace_abn") if "v1" in variant else (None,):
-        options = {"generation": generation} | ({"norm": norm} if norm else {})
-        with torch.device("meta"):
-            assert parameters(VARIANTS[variant](19, **options)) == with_aux
-            assert parameters(VARIANTS[variant](19, aux=False, **options)) == without_aux
-
-
-@pytest.mark.parametrize(
-    ("variant", "gmacs"),
-    [
-        ("bisenetv1", 118.3),
-        ("bisenetv1_diss", 107.1),
-        ("bisenetv1_ushape", 92.6),
-        ("bisenetv2", 98.4),
-        ("bisenetv2_large", 332.3),
-    ],
-)
-def test_multiply_adds_at_1024x2048(variant: str, gmacs: float) -> None:
+def test_parameters_and_multiply_adds_at_1024x2048(
+    variant: str, generation: str, with_aux: int, without_aux: int, gmacs: float | None
+) -> None:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        VARIANTS[variant](19).eval()(torch.empty(1, 3, 1024, 2048))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, abs=0.05)
+        network = VARIANTS[variant](19, generation=generation).eval()
+        assert parameters(network) == with_aux
+        assert parameters(VARIANTS[variant](19, generation=generation, aux=False)) == without_aux
+        network(torch.empty(1, 3, 1024, 2048))
+    assert gmacs is None or counter.get_total_flops() / 2e9 == pytest.approx(gmacs, abs=0.05)
 
 
 def heads(variant: str, generation: str) -> list[tuple[int, int]]:
@@ -111,14 +84,8 @@ def heads(variant: str, generation: str) -> list[tuple[int, int]]:
     return [(8, 1), *((stride, 2 if generation == "current" else 1) for stride in (4, 8, 16, 32))]
 
 
-@settings(max_examples=14, deadline=None)
-@given(
-    st.sampled_from([variant for variant in VARIANTS if variant != "bisenetv2_large"]),
-    st.sampled_from(GENERATIONS),
-    st.integers(64, 130),
-    st.integers(64, 130),
-    st.integers(2, 30),
-)
+@settings(max_examples=8, deadline=None)
+@given(st.sampled_from(list(VARIANTS)[:-1]), st.sampled_from(GENERATIONS), LENGTHS, LENGTHS, st.integers(2, 30))
 def test_every_input_size_from_64_works(variant: str, generation: str, height: int, width: int, n_classes: int) -> None:
     network = VARIANTS[variant](n_classes, generation=generation)
     image = images(2, height, width)
@@ -137,9 +104,11 @@ def test_every_input_size_from_64_works(variant: str, generation: str, height: i
     assert network.align_corners is (generation == "older")
 
 
-@pytest.mark.parametrize(("variant", "options"), EVERY_NETWORK)
-def test_every_parameter_gets_a_finite_gradient(variant: str, options: dict[str, str]) -> None:
-    network = VARIANTS[variant](5, **options).train()
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_every_parameter_gets_a_finite_gradient(variant: str, generation: str) -> None:
+    norm = {"norm": "inplace_abn"} if "v1" in variant and generation == "older" else {}
+    network = VARIANTS[variant](5, generation=generation, **norm).train()
     output = network(images(2, 64, 64))
     torch.stack([logits.square().mean() for logits in (output.logits, *output.aux)]).sum().backward()
     for name, weight in network.named_parameters():
@@ -157,80 +126,46 @@ def test_a_network_without_auxiliary_heads_returns_none_and_the_same_main_head(v
     assert torch.equal(bare.eval()(images(1, 64, 64)).logits, full(images(1, 64, 64)).logits)
 
 
-@pytest.mark.parametrize("variant", ["bisenetv1", "bisenetv1_ushape", "bisenetv2"])
-def test_channels_last_gives_the_same_logits(variant: str) -> None:
-    network = VARIANTS[variant](4).double().eval()
-    image = images(2, 72, 88, torch.float64)
-    expected = network(image).logits
-    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    actual = network(image.to(memory_format=torch.channels_last)).logits
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "options"), [("bisenetv1", {"norm": "inplace_abn"}), ("bisenetv2", {})])
 def test_the_network_is_one_graph(variant: str, options: dict[str, str]) -> None:
     torch.compile(VARIANTS[variant](4, **options).train(), backend="eager", fullgraph=True)(images(2, 64, 64))
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_every_head_of_bisenetv2_drops_a_tenth(generation: str) -> None:
-    network = VARIANTS["bisenetv2"](4, generation=generation)
-    for head in network.head_names:
-        drop = [module.p for module in network.get_submodule(head).modules() if isinstance(module, nn.Dropout)]
-        assert drop == [0.1]
+def test_every_head_of_bisenetv2_drops_a_tenth() -> None:
+    assert [module.p for module in BiSeNetV2(4).modules() if isinstance(module, nn.Dropout)] == 5 * [0.1]
 
 
-# --- arguments -------------------------------------------------------------------------------------------------------
+WRONG_V1 = [
+    ("bisenetv1", name, value) for name, value in (("generation", "new"), ("structure", "diss"), ("norm", "gn"))
+]
+WRONG_V2 = [("generation", ""), ("width_multiplier", 0), ("depth_multiplier", 0), ("depth_multiplier", 1.5)]
 
 
-@pytest.mark.parametrize(
-    ("variant", "options", "message"),
-    [
-        ("bisenetv1", {"generation": "new"}, "generation='new': expected one of current, older"),
-        ("bisenetv1", {"structure": "diss"}, "structure='diss': expected one of two_path, one_path, u_shape"),
-        ("bisenetv1", {"norm": "gn"}, "norm='gn': expected one of bn, inplace_abn"),
-        ("bisenetv2", {"generation": ""}, "generation='': expected one of current, older"),
-        ("bisenetv2", {"width_multiplier": 0}, "width_multiplier=0: expected at least 0.125"),
-        ("bisenetv2", {"depth_multiplier": 0}, "depth_multiplier=0: expected a whole number of at least 1"),
-        ("bisenetv2", {"depth_multiplier": 1.5}, "depth_multiplier=1.5: expected a whole number of at least 1"),
-    ],
-)
-def test_an_impossible_argument_names_what_is_accepted(variant: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        VARIANTS[variant](19, **options)
+@pytest.mark.parametrize(("variant", "name", "value"), [*WRONG_V1, *(("bisenetv2", *wrong) for wrong in WRONG_V2)])
+def test_an_impossible_argument_is_named(variant: str, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value!r}: expected"):
+        VARIANTS[variant](19, **{name: value})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_shipped_configuration_builds_and_its_output_layers_exist(variant: str) -> None:
-    with hydra.initialize_config_dir(str(ROOT / "conf" / "model"), version_base="1.3"):
-        config: DictConfig = hydra.compose(variant)
-    with torch.device("meta"):
+    with hydra.initialize_config_dir(str(ROOT / "conf" / "model"), version_base="1.3"), torch.device("meta"):
+        config = hydra.compose(variant)
         network = hydra.utils.instantiate(config.network, n_classes=19)
-        assert parameters(network) == parameters(VARIANTS[variant](19))
-    assert config.name == variant
+    assert parameters(network) == parameters(VARIANTS[variant](19))
     children = dict(network.named_children())
     assert set(network.head_names) <= set(config.output_layers) <= set(children)
     assert ("ffm" in config.output_layers) == ("ffm" in children)
 
 
-# --- batch norm ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("variant", "options"),
-    [
-        ("bisenetv1", {}),
-        ("bisenetv1_diss", {"generation": "older", "norm": "inplace_abn"}),
-        ("bisenetv2", {}),
-        ("bisenetv2", {"generation": "older"}),
-    ],
+    [("bisenetv1", {}), ("bisenetv1_diss", OLDEST), ("bisenetv2", {}), ("bisenetv2", {"generation": "older"})],
 )
-def test_one_image_in_training_is_refused_where_a_pooled_map_is_normalised(
-    variant: str, options: dict[str, str]
-) -> None:
+def test_one_image_in_training_is_refused_where_a_pooled_map_is_normalised(variant: str, options: Any) -> None:
     network, image = VARIANTS[variant](4, **options), images(1, 64, 64)
-    with pytest.raises(ValueError, match=r"a batch of 1 image in training.*at least 2 images"):
+    with pytest.raises(ValueError, match="batch of 1 image"):
         network.train()(image)
     network.eval()(image)
     network.train()
@@ -256,6 +191,7 @@ def test_the_older_norm_survives_synchronisation_copies_and_checkpoints() -> Non
 
     for twin in (copy.deepcopy(network), nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))):
         assert list(twin.state_dict()) == list(state)
+        twin.load_state_dict(state)
         torch.testing.assert_close(twin(image).logits, expected)
     kinds = [type(module) for module in twin.modules()]  # of the converted one
     assert kinds.count(nn.SyncBatchNorm) == kinds.count(PositiveBatchNorm) > 0
@@ -263,21 +199,6 @@ def test_the_older_norm_survives_synchronisation_copies_and_checkpoints() -> Non
 
     with pytest.raises(RuntimeError, match="num_batches_tracked"):
         network.load_state_dict(BiSeNetV1(4, generation="older").state_dict())
-
-
-@pytest.mark.parametrize(("variant", "options"), [("bisenetv1", {"norm": "inplace_abn"}), ("bisenetv2", {})])
-def test_a_checkpoint_restores_the_network(variant: str, options: dict[str, str]) -> None:
-    network = VARIANTS[variant](4, **options)
-    network.train()(images(2, 64, 64))  # statistics that differ from fresh ones
-    file = io.BytesIO()
-    torch.save(network.state_dict(), file)
-    restored = VARIANTS[variant](4, **options)
-    restored.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    image = images(1, 65, 70)
-    assert torch.equal(restored.eval()(image).logits, network.eval()(image).logits)
-
-
-# --- initialisation --------------------------------------------------------------------------------------------------
 
 
 def assert_normal(name: str, weight: Tensor, variance: float) -> None:
@@ -310,19 +231,14 @@ def test_initialisation_follows_the_table(variant: str) -> None:
 
 # --- parity with the reference ---------------------------------------------------------------------------------------
 
-REFERENCES: dict[str, tuple[str, str, str, Callable[[], SegmentationNetwork]]] = {
+REFERENCES: dict[str, tuple[str, str, str, str, dict[str, str]]] = {
     # folder on the import path, module, class; the same network of ours
-    "bisenetv1": (".", "lib.models.bisenetv1", "BiSeNetV1", lambda: BiSeNetV1(19)),
-    "bisenetv2": (".", "lib.models.bisenetv2", "BiSeNetV2", lambda: BiSeNetV2(19)),
-    "older_bisenetv1": ("old", "model", "BiSeNet", lambda: BiSeNetV1(19, generation="older", norm="inplace_abn")),
-    "older_bisenetv1_diss": (
-        "old",
-        "diss.model",
-        "BiSeNet",
-        lambda: BiSeNetV1(19, structure="one_path", generation="older", norm="inplace_abn"),
-    ),
-    "older_bisenetv1_fp16": ("old", "fp16.model", "BiSeNet", lambda: BiSeNetV1(19, generation="older")),
-    "older_bisenetv2": ("old", "bisenetv2.bisenetv2", "BiSeNetV2", lambda: BiSeNetV2(19, generation="older")),
+    "bisenetv1": (".", "lib.models.bisenetv1", "BiSeNetV1", "bisenetv1", {}),
+    "bisenetv2": (".", "lib.models.bisenetv2", "BiSeNetV2", "bisenetv2", {}),
+    "older_bisenetv1": ("old", "model", "BiSeNet", "bisenetv1", OLDEST),
+    "older_bisenetv1_diss": ("old", "diss.model", "BiSeNet", "bisenetv1_diss", OLDEST),
+    "older_bisenetv1_fp16": ("old", "fp16.model", "BiSeNet", "bisenetv1", {"generation": "older"}),
+    "older_bisenetv2": ("old", "bisenetv2.bisenetv2", "BiSeNetV2", "bisenetv2", {"generation": "older"}),
 }
 
 
@@ -400,15 +316,10 @@ def importable(folder: Path) -> Iterator[None]:
             del sys.modules[name]
 
 
-def reference_network(name: str) -> nn.Module:
-    folder, module, cls, _ = REFERENCES[name]
-    with importable(Path(os.environ["REFERENCE_ROOT"]).resolve() / folder):
-        return getattr(importlib.import_module(module), cls)(19)
-
-
 @pytest.mark.parametrize("name", REFERENCES)
 def test_names_shapes_and_logits_equal_the_recorded_reference(name: str) -> None:
-    network = REFERENCES[name][-1]()
+    *_, variant, options = REFERENCES[name]
+    network = VARIANTS[variant](19, **options)
     with np.load(RECORDED / f"{name}.npz") as recorded:
         assert described(network) == recorded["state"].tolist()
         actual = sampled_logits(deterministic(network))
@@ -417,33 +328,14 @@ def test_names_shapes_and_logits_equal_the_recorded_reference(name: str) -> None
             np.testing.assert_allclose(logits, recorded[head], rtol=0, atol=1e-5 * np.abs(recorded[head]).max())
 
 
-@pytest.mark.skipif("REFERENCE_ROOT" not in os.environ, reason="REFERENCE_ROOT names no checkout of the reference")
-@pytest.mark.parametrize("name", REFERENCES)
-def test_live_parity_with_the_reference(name: str) -> None:
-    ours, theirs = deterministic(REFERENCES[name][-1]()), deterministic(reference_network(name))
-    # Only the older generation takes a size that is no multiple of 32.
-    image = images(3, *((97, 70) if name.startswith("older") else (96, 64)), torch.float64)
-    for train in (False, True):
-        actual, expected = logits_of(ours.train(train), image), logits_of(theirs.train(train), image)
-        expected = expected[: len(actual)]  # the reference has auxiliary logits in eval mode too
-        for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * b.abs().max().item())
-        for logits in (actual, expected):
-            torch.stack([head.square().mean() for head in logits]).sum().backward()
-    theirs_by_name = dict(theirs.named_parameters())
-    for parameter, weight in ours.named_parameters():
-        torch.testing.assert_close(weight.grad, theirs_by_name[parameter].grad, rtol=1e-6, atol=1e-9)
-    for statistic, value in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[statistic], value)
-
-
-def record() -> None:
+def record(checkout: Path) -> None:
     """Write names, shapes and sampled logits of every network of the reference."""
-    for name in REFERENCES:
-        network = reference_network(name)
+    for name, (folder, module, cls, *_) in REFERENCES.items():
+        with importable(checkout / folder):
+            network = getattr(importlib.import_module(module), cls)(19)
         arrays: dict[str, Any] = {"state": np.array(described(network)), **sampled_logits(deterministic(network))}
         np.savez_compressed(RECORDED / f"{name}.npz", **arrays)
 
 
 if __name__ == "__main__":
-    record()
+    record(Path(sys.argv[1]).resolve())

@@ -5,14 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from conftest import composed
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from bisenet import config
-from bisenet.config import GroupRule
-from bisenet.optim import constant, describe_groups, parameter_groups, warmup_cosine, warmup_poly
+from bisenet.experiment import build
+from bisenet.optim import GroupRule, WarmupConstant, WarmupCosine, WarmupPoly, parameter_groups
 
 # --- groups ----------------------------------------------------------------------------------------------------------
 
@@ -36,12 +35,10 @@ GOLDEN = {  # tensors that decay, that do not, and both again at ten times the l
 
 @pytest.mark.parametrize("overrides", GOLDEN, ids=" ".join)
 def test_shipped_rules_split_the_networks_as_the_reference_does(overrides):
-    config.register()
-    with initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
-        cfg = compose("train", list(overrides))
+    cfg = composed(*overrides)
     with torch.device("meta"):
-        network = config.instantiate("model.network", cfg.model.network, n_classes=19)
-    groups = parameter_groups(network, config.typed(cfg).optimizer.groups, lr=0.01, weight_decay=5e-4)
+        network = build(cfg, "model.network", n_classes=19)
+    groups = parameter_groups(network, build(cfg, "parameter_groups"), lr=0.01, weight_decay=5e-4)
     sizes = {group["name"]: len(group["params"]) for group in groups}
     names = ("decay", "no_decay", "output_decay", "output_no_decay")
     assert tuple(sizes.get(name, 0) for name in names) == GOLDEN[overrides]
@@ -102,11 +99,14 @@ def test_frozen_parameters_are_left_out_and_shared_ones_taken_once():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"heads": GroupRule(["head", "tail"])}, r"'heads': no layers \['tail'\]; accepted: backbone, head, head2"),
+        (
+            {"heads": GroupRule(["head", "tail"])},
+            r"heads.layers: no layers \['tail'\]; accepted: backbone, head, head2",
+        ),
         ({"heads": GroupRule(["hea"])}, r"no layers \['hea'\]"),
-        ({"decay": GroupRule(kind="weight")}, r"'backbone.1.weight'.*'head2.bias'\] match none .* \['decay'\]"),
-        ({"all": GroupRule(), "heads": GroupRule(["head"])}, r"rule 'heads': .*'any' in layers \['head'\] is left"),
-        ({"all": GroupRule(), "bias": GroupRule(kind="norm_bias")}, r"rule 'bias': .*'norm_bias' in any layer is left"),
+        ({"decay": GroupRule(kind="weight")}, r"no rule among \['decay'\] takes the parameter backbone.1.weight"),
+        ({"all": GroupRule(), "heads": GroupRule(["head"])}, r"heads: .*'any' in layers \['head'\] is left"),
+        ({"all": GroupRule(), "bias": GroupRule(kind="norm_bias")}, r"bias: .*'norm_bias' in any layer is left"),
     ],
 )
 def test_rules_that_cannot_be_meant_are_named(rules, message):
@@ -114,19 +114,23 @@ def test_rules_that_cannot_be_meant_are_named(rules, message):
         parameter_groups(tiny_network(), rules, lr=1.0, weight_decay=0.0)
 
 
-def test_the_split_is_described_in_a_table():
-    rules = {"heads": GroupRule(["head", "head2"], lr_multiplier=10.0, weight_decay=0.0), "rest": GroupRule()}
-    table = describe_groups(parameter_groups(tiny_network(), rules, lr=0.005, weight_decay=5e-4))
-    assert [line.split() for line in table.splitlines()[1:]] == [
-        ["heads", "4", "20", "0.05", "0"],
-        ["rest", "4", "132", "0.005", "0.0005"],
-    ]
-    assert len({len(line) for line in table.splitlines()}) == 1
+@pytest.mark.parametrize(
+    "wrong", [{"layers": "head"}, {"kind": "bias"}, {"lr_multiplier": -1}, {"weight_decay": float("nan")}]
+)
+def test_a_rule_refuses_what_it_cannot_mean(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got "):
+        GroupRule(**wrong)
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------
 
 RECIPE = {"total_steps": 80_000, "warmup_steps": 1000, "warmup_ratio": 0.1}
+
+
+def shares(kind, steps, **arguments):
+    """Share of the learning rate at some steps."""
+    scheduler = kind(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), **arguments)
+    return [scheduler.lr_lambdas[0](step) for step in steps]
 
 
 def reference_current(step: int) -> float:
@@ -142,8 +146,19 @@ def reference_older(step: int) -> float:
 
 @pytest.mark.parametrize("reference", [reference_current, reference_older])
 def test_poly_is_what_both_generations_of_the_reference_use(reference):
-    for step in (0, 1, 500, 999, 1000, 1001, 40_000, 79_999):
-        assert warmup_poly(step, **RECIPE, power=0.9) == pytest.approx(reference(step), rel=1e-9)
+    steps = (0, 1, 500, 999, 1000, 1001, 40_000, 79_999)
+    assert shares(WarmupPoly, steps, **RECIPE, power=0.9) == pytest.approx([reference(s) for s in steps], rel=1e-9)
+
+
+def test_the_learning_rates_of_an_optimizer_follow():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = WarmupPoly(optimizer, total_steps=4, warmup_steps=2, warmup_ratio=0.25, power=1.0)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.125, 0.25, 0.5, 0.25])
 
 
 warmups = st.fixed_dictionaries(
@@ -157,41 +172,43 @@ warmups = st.fixed_dictionaries(
 
 @given(warmups, st.integers(1, 100), st.floats(0.1, 3.0))
 def test_a_schedule_rises_to_one_and_falls_to_zero(warmup, decay_steps, power):
-    total = warmup["warmup_steps"] + decay_steps
-    for schedule in (
-        lambda step: warmup_poly(step, total_steps=total, power=power, **warmup),
-        lambda step: warmup_cosine(step, total_steps=total, **warmup),
-    ):
-        shares = [schedule(step) for step in range(total + 3)]
-        assert all(type(share) is float and 0 <= share <= 1 for share in shares)
-        peak = warmup["warmup_steps"]
-        assert shares[peak] == 1.0
-        assert shares[0] == pytest.approx(warmup["warmup_ratio"] if peak else 1.0)
-        assert all(a <= b for a, b in pairwise(shares[: peak + 1]))
-        assert all(a > b for a, b in pairwise(shares[peak : total + 1]))
-        assert shares[total:] == [0.0, 0.0, 0.0]
-        assert schedule(10 * total) == 0.0
+    peak = warmup["warmup_steps"]
+    total = peak + decay_steps
+    for kind, more in ((WarmupPoly, {"power": power}), (WarmupCosine, {})):
+        found = shares(kind, [*range(total + 3), 10 * total], total_steps=total, **more, **warmup)
+        assert all(type(share) is float and 0 <= share <= 1 for share in found)
+        assert found[peak] == 1.0
+        assert found[0] == pytest.approx(warmup["warmup_ratio"] if peak else 1.0)
+        assert all(a <= b for a, b in pairwise(found[: peak + 1]))
+        assert all(a > b for a, b in pairwise(found[peak : total + 1]))
+        assert found[total:] == [0.0] * 4
 
 
 @given(warmups, st.integers(0, 10**6))
 def test_constant_stays_at_one_after_the_same_warmup(warmup, step):
-    later = warmup["warmup_steps"] + step
-    assert constant(later, **warmup) == 1.0
-    for early in range(warmup["warmup_steps"]):
-        assert constant(early, **warmup) == warmup_poly(early, total_steps=100, power=0.9, **warmup)
+    early = range(warmup["warmup_steps"])
+    assert shares(WarmupConstant, [warmup["warmup_steps"] + step], **warmup) == [1.0]
+    assert shares(WarmupConstant, early, **warmup) == shares(WarmupPoly, early, total_steps=100, **warmup)
 
 
 def test_shapes_of_the_warmup_and_of_the_cosine():
-    assert constant(50, warmup_steps=100, warmup_ratio=0.04) == pytest.approx(0.2)  # geometric mean of 0.04 and 1
-    assert constant(50, warmup_steps=100, warmup_ratio=0.04, warmup="linear") == pytest.approx(0.52)
-    third = 1000 + 79_000 / 3
-    assert warmup_cosine(round(third), **RECIPE) == pytest.approx((1 + math.cos(math.pi / 3)) / 2, abs=1e-4)
+    half = {"steps": [50], "warmup_steps": 100, "warmup_ratio": 0.04}
+    assert shares(WarmupConstant, **half) == pytest.approx([0.2])  # geometric mean of 0.04 and 1
+    assert shares(WarmupConstant, **half, warmup="linear") == pytest.approx([0.52])
+    third = round(1000 + 79_000 / 3)
+    assert shares(WarmupCosine, [third], **RECIPE) == pytest.approx([(1 + math.cos(math.pi / 3)) / 2], abs=1e-4)
 
 
-@pytest.mark.parametrize("schedule", [warmup_poly, warmup_cosine])
-@pytest.mark.parametrize("step", [0, 100])
-def test_schedules_that_cannot_be_meant_are_named(schedule, step):
-    with pytest.raises(ValueError, match="total_steps: got 100, accepted: more than warmup_steps, which is 100"):
-        schedule(step, total_steps=100, warmup_steps=100, warmup_ratio=0.1)
-    with pytest.raises(ValueError, match=r"warmup: got 'cosine', accepted: exponential \| linear"):
-        schedule(0, total_steps=100, warmup_steps=10, warmup_ratio=0.1, warmup="cosine")
+@pytest.mark.parametrize(
+    ("wrong", "accepted"),
+    [
+        ({"warmup_steps": 100}, "fewer than the 100 steps"),
+        ({"warmup_steps": -1}, "at least 0"),
+        ({"warmup_ratio": 0}, r"\(0, 1\]"),
+        ({"warmup": "cosine"}, r"exponential \| linear"),
+        ({"power": 0}, "positive"),
+    ],
+)
+def test_schedules_that_cannot_be_meant_are_named(wrong, accepted):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got .*{accepted}"):
+        shares(WarmupPoly, [0], **{"total_steps": 100, "warmup_steps": 10, **wrong})

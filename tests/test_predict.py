@@ -1,10 +1,9 @@
-"""Pictures, folders, globs and videos in; overlays, masks and ids out; nothing lost, nothing replaced unasked."""
+"""Images, folders, globs and videos in; overlays, masks and ids out; nothing lost, nothing replaced unasked."""
 
-import dataclasses
-import os
+import logging
 import re
-import subprocess
-import sys
+import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_config import composed
 from test_inference import Patches
 
-from bisenet import config, predict
 from bisenet.classes import ClassTable, SegmentationClass
-from bisenet.config import PredictConfig, ProtocolConfig
-from bisenet.inference import Segmenter
-from bisenet.networks import BiSeNetV2
-from bisenet.predict import Source, UnusableInput, find_sources, read_picture, require_free
-from bisenet.visualize import legend, legend_columns, overlay
+from bisenet.inference import Protocol, Segmenter
+from bisenet.predict import Predictions, UnusableInput, find_sources, read_image
+from bisenet.report import legend, legend_columns, overlay
 
-ROOT = Path(__file__).parents[1]
 CITYSCAPES = ClassTable.load("cityscapes")
 ALL: dict[str, Any] = {"palette": True, "train_ids": True, "label_ids": True}
 
 
 def segmenter(classes: ClassTable = CITYSCAPES) -> Segmenter:
     torch.manual_seed(0)
-    return Segmenter(Patches(classes.num_classes), classes, [0.4] * 3, [0.3] * 3, {"ss": ProtocolConfig()}).eval()
+    return Segmenter(Patches(classes.num_classes), classes, [0.4] * 3, [0.3] * 3, {"ss": Protocol()}).eval()
 
 
 def many_classes(count: int) -> ClassTable:
@@ -62,10 +56,7 @@ def video(path: Path, frames: int, size: tuple[int, int] = (64, 96)) -> Path:
 
 
 def run(given: Path | str, out: Path, classes: ClassTable = CITYSCAPES, **options: Any) -> list[str]:
-    cfg = PredictConfig(checkpoint="none", input=str(given), **options)
-    sources = find_sources(cfg.input, beside=out)
-    require_free(sources, cfg, out)
-    return predict.run(segmenter(classes), sources, cfg, out)
+    return Predictions(given, out, **options).run(segmenter(classes))
 
 
 def files(folder: Path) -> set[str]:
@@ -82,26 +73,30 @@ def frames_of(path: Path) -> list[np.ndarray]:
 # --- what comes in ---------------------------------------------------------------------------------------------------
 
 
-def test_inputs_are_a_file_a_folder_a_glob_or_a_camera(tmp_path: Path) -> None:
-    pictures = tmp_path / "in"
-    a, b = save(pictures / "a.png", noise(8, 8)), save(pictures / "deep" / "b.JPG", noise(8, 8))
-    clip = video(pictures / "clip.avi", 1)
-    (pictures / "notes.txt").write_text("no picture")
-    save(pictures / "out" / "old.png", noise(8, 8))
+def test_inputs_are_a_file_a_folder_a_glob_or_a_camera(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = tmp_path / "in"
+    a, b = save(images / "a.png", noise(8, 8)), save(images / "deep" / "b.JPG", noise(8, 8))
+    clip = video(images / "clip.avi", 1)
+    (images / "notes.txt").write_text("no image")
+    save(images / "._a.png", noise(8, 8))  # as macOS leaves them
+    save(images / ".cache" / "c.png", noise(8, 8))
+    save(images / "out" / "old.png", noise(8, 8))
 
     def found(given: object) -> dict[Any, str]:
-        return {s.origin: s.name.as_posix() for s in find_sources(str(given), beside=pictures / "out")}
+        return {s.origin: s.name.as_posix() for s in find_sources(str(given), exclude=images / "out")}
 
     assert found(a) == {a: "a"}
-    assert found(pictures) == {a: "a", clip: "clip", b: "deep/b"}
-    assert found(pictures / "**" / "*.JPG") == {b: "deep/b"}
-    assert found(pictures / "*.??*") == {a: "a", clip: "clip", pictures / "notes.txt": "notes"}
+    assert found(images) == {a: "a", clip: "clip", b: "deep/b"}
+    assert "1 files of other formats are left out (1 .txt)" in caplog.text
+    assert found(images / "._a.png") == {images / "._a.png": "._a"}
+    assert found(images / "**" / "*.JPG") == {b: "deep/b"}
+    assert found(images / "*.??*") == {a: "a", clip: "clip", images / "notes.txt": "notes"}
     assert found("3") == {3: "camera3"}
-    assert [s.is_stream for s in find_sources(str(pictures), beside=tmp_path / "x")] == [False, True, False, False]
-    twin = save(pictures / "a.jpg", noise(8, 8))
-    assert {found(pictures)[path] for path in (a, twin)} == {"a.png", "a.jpg"}
-    for nothing in (tmp_path / "nowhere.png", tmp_path / "*.png", pictures / "out"):
-        with pytest.raises(FileNotFoundError, match=r"input: nothing at .*accepted: a picture"):
+    assert [s.is_stream for s in find_sources(str(images), exclude=tmp_path / "x")] == [False, True, False, False]
+    twin = save(images / "a.jpg", noise(8, 8))
+    assert {found(images)[path] for path in (a, twin)} == {"a.png", "a.jpg"}
+    for nothing in (tmp_path / "nowhere.png", tmp_path / "*.png", images / "out"):
+        with pytest.raises(FileNotFoundError, match=r"input: nothing at .*accepted: an image"):
             found(nothing)
 
 
@@ -112,26 +107,28 @@ def test_grey_alpha_palette_and_16_bits_are_read_as_rgb(tmp_path: Path) -> None:
     grey.save(tmp_path / "grey.png")
     Image.fromarray(rgb).convert("P").save(tmp_path / "palette.png")
     save(tmp_path / "rgba.png", np.dstack([rgb, noise(24, 40, 1)[..., 0]]))
-    cv2.imwrite(str(tmp_path / "deep.png"), rgb[..., ::-1].astype(np.uint16) * 257)
+    for suffix in ("png", "tiff"):
+        cv2.imwrite(str(tmp_path / f"deep.{suffix}"), rgb[..., ::-1].astype(np.uint16) * 257)
     expected = {
-        "rgb": rgb,
-        "grey": np.repeat(np.asarray(grey)[..., None], 3, 2),
-        "palette": np.asarray(Image.open(tmp_path / "palette.png").convert("RGB")),
-        "rgba": rgb,
-        "deep": rgb,
+        "rgb.png": rgb,
+        "grey.png": np.repeat(np.asarray(grey)[..., None], 3, 2),
+        "palette.png": np.asarray(Image.open(tmp_path / "palette.png").convert("RGB")),
+        "rgba.png": rgb,
+        "deep.png": rgb,
+        "deep.tiff": rgb,
     }
     for name, pixels in expected.items():
-        read = read_picture(tmp_path / f"{name}.png")
+        read = read_image(tmp_path / name)
         assert read.dtype == np.uint8
         assert np.array_equal(read, pixels), name
     turned = Image.fromarray(rgb)
     exif = turned.getexif()
     exif[0x0112] = 6  # the camera was held upright
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_picture(tmp_path / "turned.jpg").shape == (40, 24, 3)
+    assert read_image(tmp_path / "turned.jpg").shape == (40, 24, 3)
 
 
-def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     whole = save(tmp_path / "whole.png", noise(40, 40)).read_bytes()
     save(tmp_path / "whole.jpg", noise(40, 40))
     jpeg = (tmp_path / "whole.jpg").read_bytes()
@@ -139,25 +136,53 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UnusableInput, match=re.escape(name)):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
     cv2.imwrite(str(tmp_path / "float.tiff"), noise(8, 8).astype(np.float32))
     with pytest.raises(UnusableInput, match=r"float\.tiff holds float32 values; accepted: 8 or 16 bits"):
-        read_picture(tmp_path / "float.tiff")
+        read_image(tmp_path / "float.tiff")
+
+
+def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+    header = (32_000).to_bytes(4) * 2 + bytes([8, 2, 0, 0, 0])  # 3 GB once decoded
+    bomb = tmp_path / "bomb.png"
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6))))
+    limit, started = Image.MAX_IMAGE_PIXELS, time.perf_counter()
+    with pytest.raises(
+        UnusableInput, match=r"bomb\.png has 32000 x 32000, 1024 megapixels; accepted: up to 100, unless"
+    ):
+        read_image(bomb)
+    assert time.perf_counter() - started < 1
+    assert limit == Image.MAX_IMAGE_PIXELS
+    save(tmp_path / "in" / "a.png", noise(16, 16))
+    save(tmp_path / "in" / "b.png", noise(16, 17))
+    (problem,) = run(tmp_path / "in", tmp_path / "out", max_pixels=256)
+    assert "b.png has 17 x 16" in problem
+
+
+def test_the_pages_of_a_tiff_after_the_first_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    first, second = (Image.fromarray(noise(8, 9, seed)) for seed in (0, 1))
+    first.save(tmp_path / "two.tiff", save_all=True, append_images=[second])
+    assert np.array_equal(read_image(tmp_path / "two.tiff"), noise(8, 9))
+    assert "two.tiff holds several images; the first is taken" in caplog.text
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_mixed_pictures_and_a_broken_one(tmp_path: Path) -> None:
-    pictures, out = tmp_path / "in", tmp_path / "out"
+def test_a_folder_of_mixed_images_and_a_broken_one(tmp_path: Path) -> None:
+    images, out = tmp_path / "in", tmp_path / "out"
     sizes = {"small": (9, 13), "odd": (75, 131), "street/aachen_000000_000019_leftImg8bit": (64, 128)}
     for name, size in sizes.items():
-        save(pictures / f"{name}.png", noise(*size))
-    (pictures / "broken.png").write_bytes(b"\x89PNG")
-    video(pictures / "broken.avi", 3)
-    (pictures / "broken.avi").write_bytes((pictures / "broken.avi").read_bytes()[:100])
+        save(images / f"{name}.png", noise(*size))
+    (images / "broken.png").write_bytes(b"\x89PNG")
+    video(images / "broken.avi", 3)
+    (images / "broken.avi").write_bytes((images / "broken.avi").read_bytes()[:100])
 
-    problems = run(pictures, out, **ALL)
+    problems = run(images, out, **ALL)
     assert len(problems) == 2
     assert all("broken." in problem for problem in problems)
     kinds = {"overlay": "jpg", "palette": "png", "train_ids": "png", "label_ids": "png"}
@@ -168,8 +193,8 @@ def test_a_folder_of_mixed_pictures_and_a_broken_one(tmp_path: Path) -> None:
     for name, (height, width) in sizes.items():
         mask = model.predict(noise(height, width))
         written = {kind: Image.open(out / kind / f"{name}.png") for kind in ("train_ids", "label_ids", "palette")}
-        assert [picture.mode for picture in written.values()] == ["L", "L", "P"]
-        values = {kind: np.asarray(picture) for kind, picture in written.items()}
+        assert [image.mode for image in written.values()] == ["L", "L", "P"]
+        values = {kind: np.asarray(image) for kind, image in written.items()}
         assert np.array_equal(values["train_ids"], mask)
         assert np.array_equal(values["label_ids"], CITYSCAPES.decode[mask])
         assert np.array_equal(values["palette"], mask)
@@ -180,22 +205,22 @@ def test_a_folder_of_mixed_pictures_and_a_broken_one(tmp_path: Path) -> None:
 
 
 def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
-    pictures = tmp_path / "in"
-    save(pictures / "a.png", noise(8, 8))
-    (pictures / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    (pictures / "itself.png").symlink_to(pictures / "itself.png")
-    (pictures / "folder.png").mkdir()
-    for out, source in {"folder": pictures, "glob": pictures / "*.png"}.items():
+    images = tmp_path / "in"
+    save(images / "a.png", noise(8, 8))
+    (images / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (images / "itself.png").symlink_to(images / "itself.png")
+    (images / "folder.png").mkdir()
+    for out, source in {"folder": images, "glob": images / "*.png"}.items():
         gone, itself = run(source, tmp_path / out)
         assert "gone.png cannot be read" in gone
         assert "itself.png cannot be read" in itself
         assert (tmp_path / out / "overlay" / "a.jpg").exists()
-    (problem,) = run(pictures / "gone.png", tmp_path / "alone")
+    (problem,) = run(images / "gone.png", tmp_path / "alone")
     assert "gone.png cannot be read" in problem
 
 
 @pytest.mark.parametrize("error", [RuntimeError("not enough memory: you tried to\nallocate 9"), MemoryError()])
-def test_a_picture_that_is_too_large_is_named_and_the_others_are_written(
+def test_an_image_that_is_too_large_is_named_and_the_others_are_written(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, size in {"a": (16, 16), "b": (80, 40), "c": (16, 16)}.items():
@@ -234,17 +259,17 @@ def test_a_video_becomes_a_video_and_its_masks_numbered_files(classes: ClassTabl
 
 
 def test_nothing_that_exists_is_replaced_unless_asked(tmp_path: Path) -> None:
-    picture, out = save(tmp_path / "a.png", noise(16, 16)), tmp_path / "out"
-    run(picture, out, train_ids=True)
+    image, out = save(tmp_path / "a.png", noise(16, 16)), tmp_path / "out"
+    run(image, out, train_ids=True)
     mine = out / "train_ids" / "a.png"
     mine.write_text("mine")
     (out / "overlay" / "a.jpg").unlink()
     with pytest.raises(FileExistsError, match=r"output: .*a\.png exist; accepted: another output, or overwrite=true"):
-        run(picture, out, train_ids=True)
+        run(image, out, train_ids=True)
     assert mine.read_text() == "mine"
     assert not (out / "overlay" / "a.jpg").exists()  # refused before anything is written
-    run(picture, out)  # another kind is free
-    run(picture, out, train_ids=True, overwrite=True)
+    run(image, out)  # another kind is free
+    run(image, out, train_ids=True, overwrite=True)
     assert Image.open(mine).size == (16, 16)
 
 
@@ -258,9 +283,8 @@ def test_an_interrupted_video_keeps_the_frames_it_has(tmp_path: Path, monkeypatc
         return mask
 
     monkeypatch.setattr(model, "predict", interrupted)
-    cfg = PredictConfig(checkpoint="none", input=str(clip))
     with pytest.raises(KeyboardInterrupt):
-        predict.run(model, [Source(clip, Path("clip"))], cfg, tmp_path / "out")
+        Predictions(clip, tmp_path / "out").run(model)
     assert len(frames_of(tmp_path / "out" / "overlay" / "clip.mp4")) == 2
 
 
@@ -281,7 +305,7 @@ def test_a_camera_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 300), st.integers(0, 171), st.integers(1, 6) | st.none())
-def test_a_legend_has_the_width_of_the_picture_and_one_height_for_all_frames(
+def test_a_legend_has_the_width_of_the_image_and_one_height_for_all_frames(
     width: int, shown: int, rows: int | None
 ) -> None:
     classes = many_classes(171)
@@ -312,33 +336,12 @@ def test_edges_are_drawn_where_classes_meet_and_nowhere_else() -> None:
     assert changed[:, 30 if changed[0, 30] else 29].all()
 
 
-# --- configuration and script ----------------------------------------------------------------------------------------
+# --- before anything is read -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [("alpha=2", "alpha: got 2.0"), ("overlay=false", "overlay: got False"), ("max_frames=0", "max_frames: got 0")],
-)
-def test_an_impossible_value_is_named(override: str, named: str) -> None:
-    cfg = composed("checkpoint=a", "input=b", override, name="predict")
-    with pytest.raises(ValueError, match=named):
-        config.check(cfg)
-
-
-def test_every_switch_is_a_kind() -> None:
-    switches = {f.name for f in dataclasses.fields(PredictConfig)}
-    assert set(predict.KINDS) <= switches
-
-
-def test_the_script_reads_published_weights_and_ends_with_an_error_where_a_file_was_skipped(tmp_path: Path) -> None:
-    torch.save(BiSeNetV2(19, width_multiplier=0.25).state_dict(), tmp_path / "weights.pth")
-    save(tmp_path / "in" / "a.png", noise(64, 64))
-    (tmp_path / "in" / "broken.png").write_text("hello")
-    command = [sys.executable, str(ROOT / "scripts" / "predict.py"), "checkpoint=weights.pth", "data=cityscapes",
-               "input=in", "output=out", "label_ids=true", "accelerator=cpu"]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr[-3000:]
-    assert "broken.png" in done.stdout + done.stderr
-    assert "frames per second" in done.stdout + done.stderr
-    assert files(tmp_path / "out") == {"legend.png", "overlay/a.jpg", "label_ids/a.png"}
+@pytest.mark.parametrize("options", [{"alpha": 2}, {"overlay": False}, {"max_frames": 0}, {"max_pixels": 0}])
+def test_an_impossible_value_is_named(options: dict[str, Any], tmp_path: Path) -> None:
+    save(tmp_path / "a.png", noise(8, 8))
+    (name,) = options
+    with pytest.raises(ValueError, match=f"^{name}: got .*, accepted: "):
+        Predictions(tmp_path / "a.png", tmp_path / "out", **options)

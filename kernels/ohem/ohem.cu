@@ -4,15 +4,17 @@
 //   OHEM_LOGIT    float | half | bfloat16
 //   OHEM_LABEL    uint8 | int64
 //   OHEM_CLASSES  the number of classes, or 0 for any number, taken CHUNK at a time
+//   OHEM_OFFSET   int | int64, for the distance of two logits of an image
 // tests/test_kernel.py compiles the same source for the CPU, with what CUDA brings given by tests/cuda_shim.h.
 //
 // A thread owns one full-size column and walks down it. Between two rows of logits the scores of a pixel are a straight
-// line through two vectors that stay in registers. Scores are in units of log 2, so that exp2 needs no multiplication.
+// line through two vectors that stay in registers.
 
 #ifndef OHEM_LOGIT
 #define OHEM_LOGIT float
 #define OHEM_LABEL uint8
 #define OHEM_CLASSES 19
+#define OHEM_OFFSET int
 #endif
 
 typedef unsigned char uint8;
@@ -23,16 +25,16 @@ struct bfloat16 { unsigned short bits; };
 
 typedef OHEM_LOGIT Logit;
 typedef OHEM_LABEL Label;
+typedef OHEM_OFFSET Offset;
 
-constexpr int BLOCK = 128;          // most threads in a block
-constexpr int PIXEL_ROWS = 32;      // most rows of pixels in a tile of the forward pass
-constexpr int LOGIT_ROWS = 64;      // most rows of logits in a tile of the backward pass
 constexpr int CHUNK = 16;           // classes at a time when their number is not known
-constexpr bool ONE_CHUNK = OHEM_CLASSES > 0;
-constexpr int K = ONE_CHUNK ? OHEM_CLASSES : CHUNK;
-constexpr int BLOCKS = K > 19 ? 2 : 3;  // per multiprocessor: as many as ptxas fits unspilled
+constexpr int K = OHEM_CLASSES > 0 ? OHEM_CLASSES : CHUNK;
+constexpr int BLOCK = K > 20 ? 64 : 128;  // most threads in a block: shared memory grows with classes and threads
+constexpr int PIXEL_ROWS = 32;      // most rows of pixels in a tile of the forward pass
+constexpr int LOGIT_ROWS = 63;      // most rows of logits in a tile of the backward pass: with one more, bits of an integer
 constexpr int LEVELS = 3;           // a loss is found by its highest 11, then 10, then 10 bits
 constexpr int BINS = 2048;
+constexpr int IGNORE = 255;         // label of the pixels that do not count
 constexpr float IGNORED = -1.0f;    // in the loss map; a loss is never negative
 constexpr float LOG2_E = 1.44269504f;
 constexpr float LN_2 = 0.693147181f;
@@ -78,13 +80,13 @@ struct Axis {
     float scale;
     bool align;
 
-    __device__ __forceinline__ float source(int pixel) const {
-        return align ? scale * float(pixel) : fmaxf(fmaf(scale, float(pixel) + 0.5f, -0.5f), 0.0f);
+    __device__ __forceinline__ float source(float pixel) const {
+        return fmaxf(fmaf(scale, pixel + (align ? 0.0f : 0.5f), align ? 0.0f : -0.5f), 0.0f);
     }
-    __device__ __forceinline__ int cell(int pixel) const { return min(int(source(pixel)), size - 1); }
+    __device__ __forceinline__ int cell(int pixel) const { return min(int(source(float(pixel))), size - 1); }
     // Weight of the neighbour after `cell`; the last cell has none.
     __device__ __forceinline__ float fraction(int pixel, int cell) const {
-        return cell + 1 < size ? source(pixel) - float(cell) : 0.0f;
+        return cell + 1 < size ? source(float(pixel)) - float(cell) : 0.0f;
     }
     __device__ __forceinline__ bool has_next(int cell) const { return cell + 1 < size && size != full; }
     // The first pixel whose cell is `wanted` or a later one. Pixels of a cell are neighbours: `cell` never decreases.
@@ -99,86 +101,14 @@ struct Axis {
     }
 };
 
-// Where a thread reads: its column between two columns of logits. Weights contain the factor log2(e).
-struct Column {
-    int64 class_stride, right;
-    bool has_right;
-    float left_weight, right_weight;
-
-    __device__ __forceinline__ Column(const Axis& axis, int pixel, int cell, int64 class_stride, int64 pixel_stride)
-        : class_stride(class_stride), right(axis.has_next(cell) ? pixel_stride : 0), has_right(axis.has_next(cell)) {
-        const float fraction = axis.fraction(pixel, cell);
-        left_weight = (1.0f - fraction) * LOG2_E;
-        right_weight = fraction * LOG2_E;
-    }
-    __device__ __forceinline__ float score(const Logit* logit, const Logit* beside) const {
-        return fmaf(has_right ? to_float(*beside) : 0.0f, right_weight, to_float(*logit) * left_weight);
-    }
-    __device__ __forceinline__ float score(const Logit* logit) const { return score(logit, logit + right); }
-    // Score of one class between two rows of logits, read once more: registers have no index.
-    __device__ __forceinline__ float score(const Logit* logit, int64 row_stride, bool has_next, float fraction) const {
-        const float top = score(logit);
-        return has_next ? fmaf(score(logit + row_stride) - top, fraction, top) : top;
-    }
-};
-
 // A largest score as what others are less by: -infinity less itself would be NaN.
 __device__ __forceinline__ float finite(float x) { return x == -INFINITE ? 0.0f : x; }
 
-// Scores of K classes, of which `count` exist, in a column between two rows of logits. RELATIVE: less the largest of
-// their row. The loss stays the same, since all scores of a pixel become less by the same number.
-template <bool RELATIVE>
-struct Scores {
-    float top[K], slope[K];  // at the upper row, and how they change towards the lower one
-    bool has_bottom = false;
-    int cell = -1;
-
-    __device__ __forceinline__ float at(int k, float fraction) const { return fmaf(slope[k], fraction, top[k]); }
-    // The rows around a cell. What the cell before had below, this one has above: it is not read again.
-    __device__ __forceinline__ void load(
-        const Column& column, const Logit* row, int64 row_stride, int count, int next_cell, bool next_has_bottom) {
-        if (has_bottom && next_cell == cell + 1) {
-#pragma unroll
-            for (int k = 0; k < K; ++k) top[k] += slope[k];
-        } else {
-            read(column, row, count, top);
-        }
-        cell = next_cell;
-        has_bottom = next_has_bottom;
-        if (has_bottom) read(column, row + row_stride, count, slope);
-#pragma unroll
-        for (int k = 0; k < K; ++k) slope[k] = has_bottom ? slope[k] - top[k] : 0.0f;
-    }
-    __device__ __forceinline__ float largest(float fraction, int count) const {
-        float highest = -INFINITE;
-#pragma unroll
-        for (int k = 0; k < K; ++k)
-            if (ONE_CHUNK || k < count) highest = fmaxf(highest, at(k, fraction));
-        return highest;
-    }
-    // Sum of 2^(score - shift).
-    __device__ __forceinline__ float exponentials(float fraction, float shift, int count) const {
-        float even = 0.0f, odd = 0.0f;  // two sums, since an addition waits for the one before
-#pragma unroll
-        for (int k = 0; k < K; ++k)
-            if (ONE_CHUNK || k < count) (k % 2 ? odd : even) += fast_exp2(at(k, fraction) - shift);
-        return even + odd;
-    }
-
-private:
-    __device__ __forceinline__ static void read(const Column& column, const Logit* logits, int count, float (&row)[K]) {
-        const Logit* beside = logits + column.right;
-        float highest = -INFINITE;
-#pragma unroll
-        for (int k = 0; k < K; ++k, logits += column.class_stride, beside += column.class_stride) {
-            row[k] = ONE_CHUNK || k < count ? column.score(logits, beside) : 0.0f;
-            highest = fmaxf(highest, row[k]);
-        }
-#pragma unroll
-        for (int k = 0; k < K; ++k)
-            if (RELATIVE) row[k] -= finite(highest);
-    }
-};
+// What both passes begin with: the logits (N, C, h, w) with their strides, and the labels (N, full_h, full_w).
+#define GEOMETRY                                                                                                     \
+    const Logit *__restrict__ logits, const Label *__restrict__ target, int64 image_stride, int64 class_stride,      \
+        int64 row_stride, int64 pixel_stride, int64 images, int64 classes, int64 h, int64 w, int64 full_h,           \
+        int64 full_w, float scale_y, float scale_x, int64 align
 
 // ------------------------------------------------------------------------------------------------------ selection
 
@@ -237,7 +167,8 @@ __device__ T block_sum(T value) {
 // Sum of one number per block, in thread 0 of the last block, in a fixed order.
 __device__ double sum_of_slots(const double* slots) {
     double sum = 0.0;
-    for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) sum += ((const volatile double*)slots)[i];
+    for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x)
+        sum += ((const volatile double*)slots)[i];
     return block_sum(sum);
 }
 
@@ -249,123 +180,20 @@ __device__ void finish(const State* state, double total, uint64 kept, Selection*
     *n_kept = int64(kept);
 }
 
-// -------------------------------------------------------------------------------------------------------- forward
+// The rule: a pixel is hard above `hard_loss`. n_min is valid * numerator / denominator, or numerator where that is 0.
+#define RULE float hard_loss, int64 numerator, int64 denominator, int64 kept_only
+#define RESULTS State *state, double *slots, Selection *selection, float *loss, int64 *n_kept
 
-// Loss map (IGNORED where the label is `ignore`, NaN where it is unknown), and the selection where enough is hard.
-// A block owns blockDim.x columns and `tile_rows` rows of pixels. n_min is valid * numerator / denominator, or numerator
-// where the denominator is 0.
-extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_forward(
-    const Logit* __restrict__ logits, int64 image_stride, int64 class_stride, int64 row_stride, int64 pixel_stride,
-    const Label* __restrict__ target, int64 classes, int64 h, int64 w, int64 full_h, int64 full_w,
-    float scale_y, float scale_x, int64 align, int64 images, int64 ignore, float hard_loss, int64 numerator, int64 denominator,
-    int64 kept_only, int64 tile_rows, float* __restrict__ losses, State* state, double* slots, Selection* selection,
-    float* loss, int64* n_kept) {
-    const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
-    const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
-    const int tiles_x = int((full_w + blockDim.x - 1) / blockDim.x);
-    const int tiles_y = int((full_h + tile_rows - 1) / tile_rows);
-    const int tile_x = blockIdx.x % tiles_x;
-    const int tile_y = blockIdx.x / tiles_x % tiles_y;
-    const int64 image = blockIdx.x / tiles_x / tiles_y;
-
-    const int x = tile_x * blockDim.x + threadIdx.x;
-    const bool inside = x < full_w;
-    const int pixel = inside ? x : int(full_w) - 1;
-    const int left = horizontal.cell(pixel);
-    const Column column(horizontal, pixel, left, class_stride, pixel_stride);
-    const Logit* corner = logits + image * image_stride + left * pixel_stride;
-
-    // What all threads need of a row of pixels; and the scores of each thread once more, where they have an index.
-    __shared__ int cells[PIXEL_ROWS];
-    __shared__ float fractions[PIXEL_ROWS], tops[K][BLOCK], slopes[K][BLOCK];
-    const int begin = tile_y * int(tile_rows);
-    const int rows = min(int(tile_rows), int(full_h) - begin);
-    for (int i = threadIdx.x; i < rows; i += blockDim.x) {
-        cells[i] = vertical.cell(begin + i);
-        fractions[i] = vertical.fraction(begin + i, cells[i]);
-    }
-    __syncthreads();
-
-    float sum = 0.0f;  // of at most PIXEL_ROWS losses
-    unsigned hard = 0, valid = 0;
-    bool nan = false;
-    Scores<true> scores;
-    const int64 first_pixel = (image * full_h + begin) * full_w + pixel;
-    const Label* label_here = target + first_pixel;
-    float* loss_here = losses + first_pixel;
-    for (int i = 0; i < rows; ++i, label_here += full_w, loss_here += full_w) {
-        const Label label = *label_here;
-        const bool known = label >= 0 && label < (ONE_CHUNK ? K : classes);
-        const int cell = cells[i];
-        const float fraction = fractions[i];
-        const Logit* row = corner + cell * row_stride;
-        const bool has_bottom = vertical.has_next(cell);
-
-        float highest, exponentials, own = 0.0f;
-        if (ONE_CHUNK) {
-            if (cell != scores.cell) {
-                scores.load(column, row, row_stride, K, cell, has_bottom);
-#pragma unroll
-                for (int k = 0; k < K; ++k) {
-                    tops[k][threadIdx.x] = scores.top[k];
-                    slopes[k][threadIdx.x] = scores.slope[k];
-                }
-            }
-            highest = 0.0f;  // no score is above
-            exponentials = scores.exponentials(fraction, highest, K);
-            if (exponentials < 1e-18f) {  // all are far below, where the rows have different largest classes
-                highest = finite(scores.largest(fraction, K));
-                exponentials = scores.exponentials(fraction, highest, K);
-            }
-            if (known) own = fmaf(slopes[int(label)][threadIdx.x], fraction, tops[int(label)][threadIdx.x]);
-        } else {
-            highest = -INFINITE;
-            exponentials = 0.0f;
-            for (int c = 0; c < int(classes); c += K) {
-                const int count = min(K, int(classes) - c);
-                Scores<false> chunk;
-                chunk.load(column, row + c * class_stride, row_stride, count, cell, has_bottom);
-                const float before = highest;
-                highest = fmaxf(highest, chunk.largest(fraction, count));
-                exponentials = fmaf(exponentials, fast_exp2(before - finite(highest)),
-                                    chunk.exponentials(fraction, finite(highest), count));
-            }
-            if (known) own = column.score(row + int64(label) * class_stride, row_stride, has_bottom, fraction);
-        }
-        nan |= exponentials != exponentials;
-
-        if (!inside) continue;
-        float value = IGNORED;
-        if (int64(label) != ignore) {
-            value = known ? LN_2 * ((highest - own) + fast_log2(exponentials)) : NOT_A_NUMBER;
-            if (value <= 0.0f) value = 0.0f;  // rounding; a NaN passes
-            ++valid;
-            if (!(value <= hard_loss)) {
-                ++hard;
-                sum += value;
-            }
-        }
-        *loss_here = value;
-    }
-    nan |= sum != sum;
-
-    if (full_h < h || full_w < w) {  // not every logit is next to a pixel: look for NaN in all of them
-        const int64 count = images * classes * h * w;
-        for (int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64(gridDim.x) * blockDim.x) {
-            const int64 offset = i % w * pixel_stride + i / w % h * row_stride + i / w / h % classes * class_stride +
-                                 i / w / h / classes * image_stride;
-            const float value = to_float(logits[offset]);
-            nan |= value != value;
-        }
-    }
-
+// End of the forward pass: the sums of all threads and, in the block that ends last, of all blocks; and the selection
+// where enough pixels are hard.
+__device__ void conclude(float sum, unsigned hard, unsigned valid, bool nan, RULE, RESULTS) {
     const double sum_here = block_sum(double(sum));
-    const uint64 hard_here = block_sum(uint64(hard)), valid_here = block_sum(uint64(valid));
-    const int nan_here = __syncthreads_or(nan);
+    const uint64 counts = block_sum(uint64(hard) << 32 | valid);
+    const int nan_here = __syncthreads_or(nan || sum != sum);
     if (threadIdx.x == 0) {
         slots[blockIdx.x] = sum_here;
-        atomicAdd(&state->hard, hard_here);
-        atomicAdd(&state->valid, valid_here);
+        atomicAdd(&state->hard, counts >> 32);
+        atomicAdd(&state->valid, counts & 0xffffffffu);
         if (nan_here) atomicOr(&state->nan, 1u);
     }
     if (!is_last_block(&state->ticket[0])) return;
@@ -382,16 +210,29 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_forward(
     finish(state, total, all_hard, selection, loss, n_kept);
 }
 
+// Whether there is a NaN in any of the logits. The blocks share the work.
+__device__ bool any_nan(const Logit* logits, int64 image_stride, int64 class_stride, int64 row_stride, int64 pixel_stride,
+                        int64 images, int64 classes, int64 h, int64 w) {
+    bool nan = false;
+    const int64 count = images * classes * h * w;
+    for (int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64(gridDim.x) * blockDim.x) {
+        const int64 offset = i % w * pixel_stride + i / w % h * row_stride + i / w / h % classes * class_stride +
+                             i / w / h / classes * image_stride;
+        const float value = to_float(logits[offset]);
+        nan |= value != value;
+    }
+    return nan;
+}
 // Where too few pixels are hard: find the n_min-th largest loss, `level` 0, 1, 2 after one another. The bits of a
 // positive float, read as an integer, have the order of the floats.
-extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_refine(
-    const float* __restrict__ losses, int64 pixels, int64 level, State* state, double* slots, Selection* selection,
-    float* loss, int64* n_kept) {
+extern "C" __global__ void __launch_bounds__(BLOCK) ohem_refine(
+    const float* __restrict__ losses, int64 pixels, int64 level, RESULTS) {
     if (!state->refine) return;
     __shared__ unsigned counts[BINS];
     __shared__ uint64 histogram[BINS];
     __shared__ Tail suffix[BLOCK + 1];
-    for (int i = threadIdx.x; i < BINS; i += blockDim.x) counts[i] = 0;
+    for (int i = threadIdx.x; i < BINS; i += blockDim.x)
+        counts[i] = 0;
     __syncthreads();
 
     const int shift = level == 0 ? 20 : level == 1 ? 10 : 0;
@@ -424,7 +265,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_refine(
         count(four.z);
         count(four.w);
     }
-    for (int64 i = pixels / 4 * 4 + first; i < pixels; i += step) count(losses[i]);
+    for (int64 i = pixels / 4 * 4 + first; i < pixels; i += step)
+        count(losses[i]);
     if (run) atomicAdd(&counts[run_bin], run);
     __syncthreads();
     for (int i = threadIdx.x; i < BINS; i += blockDim.x)
@@ -438,13 +280,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_refine(
     const double sum_above_bin = sum_of_slots(slots);
     if (threadIdx.x == 0) suffix[blockDim.x] = {state->above, state->total + (level ? sum_above_bin : 0.0)};
     const volatile uint64* all = state->histogram[level];
-    for (int i = threadIdx.x; i < BINS; i += blockDim.x) histogram[i] = all[i];
+    for (int i = threadIdx.x; i < BINS; i += blockDim.x)
+        histogram[i] = all[i];
     __syncthreads();
     const bool exact = level == LEVELS - 1;
     const int bins = (BINS + blockDim.x - 1) / blockDim.x;
     const int low = min(int(threadIdx.x) * bins, BINS), high = min(low + bins, BINS);
     Tail own = {0, 0.0};
-    for (int i = high - 1; i >= low; --i) own.add(histogram[i], exact ? __uint_as_float(prefix << 10 | unsigned(i)) : 0.0f);
+    for (int i = high - 1; i >= low; --i)
+        own.add(histogram[i], exact ? __uint_as_float(prefix << 10 | unsigned(i)) : 0.0f);
     suffix[threadIdx.x] = own;
     for (unsigned step = 1; step < blockDim.x; step *= 2) {
         __syncthreads();
@@ -477,20 +321,595 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_refine(
     finish(state, above.sum + double(at_cut) * double(cut), wanted, selection, loss, n_kept);
 }
 
-// ------------------------------------------------------------------------------------------------------- backward
+#if OHEM_CLASSES > 0
+// ------------------------------------------------------------------- a number of classes that is known: staged rows
+// Rows of logits are staged in shared memory: in units of log 2 and less the largest class of their own pixel, so that
+// every interpolated score is at most 0.
+
+constexpr int QUADS = (K + 3) / 4 | 1;      // an odd number of 16-byte words: no bank conflicts between neighbours
+constexpr int PAD = 4 * QUADS;
+constexpr int COLUMNS = BLOCK / 2 + 4;      // most columns of logits beside the pixels of a block, and one of zeros
+typedef float StagedRow[COLUMNS][PAD];
+
+__device__ __forceinline__ float4& quad(float* x, int i) { return ((float4*)x)[i]; }
+
+__device__ __forceinline__ void clear(float (&x)[PAD]) {
+#pragma unroll
+    for (int j = 0; j < QUADS; ++j)
+        quad(x, j) = {0.0f, 0.0f, 0.0f, 0.0f};
+}
+
+// Stage `columns` logits of a row from `origin`; the last ones may not exist.
+__device__ __forceinline__ void stage(
+    StagedRow& to, const Logit* origin, int64 class_stride, int64 pixel_stride, int columns, int last) {
+    const Offset step = Offset(class_stride);
+    for (int i = threadIdx.x; i < columns; i += blockDim.x) {
+        const Offset first = min(i, last) * Offset(pixel_stride);
+        float value[PAD], highest = -INFINITE;
+#pragma unroll
+        for (int k = 0; k < PAD; ++k) {
+            value[k] = 0.0f;
+            if (k >= K) continue;
+            value[k] = to_float(origin[first + k * step]);
+            highest = fmaxf(highest, value[k]);
+        }
+        highest = finite(highest);
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            value[k] = (value[k] - highest) * LOG2_E;
+#pragma unroll
+        for (int j = 0; j < QUADS; ++j)
+            quad(to[i], j) = {value[4 * j], value[4 * j + 1], value[4 * j + 2], value[4 * j + 3]};
+    }
+}
+
+// A thread's column of pixels between two staged columns.
+struct Between {
+    int left, right;
+    float left_weight, right_weight;
+    __device__ __forceinline__ float score(const float* row, int label) const {  // `row` begins with the column on the left
+        return fmaf(row[label + (right - left) * PAD], right_weight, row[label] * left_weight);
+    }
+    // Of one class between two rows; at fraction 0 the row below, which may be infinite too, has no part in it.
+    __device__ __forceinline__ float score(const float* above, const float* below, int label, float fraction) const {
+        const float top = score(above, label), bottom = score(below, label);
+        return fraction > 0.0f ? fmaf(bottom - top, fraction, top) : top;
+    }
+    __device__ __forceinline__ void scores(StagedRow& row, float (&to)[K]) const {
+#pragma unroll
+        for (int j = 0; j < QUADS; ++j) {
+            const float4 a = quad(row[left], j), b = quad(row[right], j);
+            const float each[4] = {fmaf(b.x, right_weight, a.x * left_weight), fmaf(b.y, right_weight, a.y * left_weight),
+                                   fmaf(b.z, right_weight, a.z * left_weight), fmaf(b.w, right_weight, a.w * left_weight)};
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                if (4 * j + k < K) to[4 * j + k] = each[k];
+        }
+    }
+};
+
+// Scores in a column between two rows.
+struct Line {
+    float top[K], slope[K];
+    __device__ __forceinline__ float at(int k, float fraction) const { return fmaf(slope[k], fraction, top[k]); }
+    // CARRY: the row above is the one that was below.
+    __device__ __forceinline__ void load(const Between& between, StagedRow& above, StagedRow& below, bool has_bottom, bool carry) {
+        if (carry) {
+#pragma unroll
+            for (int k = 0; k < K; ++k)
+                top[k] += slope[k];
+        } else {
+            between.scores(above, top);
+        }
+        if (has_bottom) {
+            between.scores(below, slope);
+#pragma unroll
+            for (int k = 0; k < K; ++k)
+                slope[k] -= top[k];
+        } else {
+#pragma unroll
+            for (int k = 0; k < K; ++k)
+                slope[k] = 0.0f;
+        }
+    }
+};
+// Loss map (IGNORED where the label is IGNORE, NaN where it is unknown), and the selection where enough is hard. A block
+// owns `tile_columns` columns and `tile_rows` rows of pixels, so few that COLUMNS columns of logits are beside them.
+extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward(
+    GEOMETRY, RULE, int64 tile_rows, int64 tile_columns, float* __restrict__ losses, RESULTS) {
+    const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
+    const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
+    const int tiles_x = int((full_w + tile_columns - 1) / tile_columns);
+    const int tiles_y = int((full_h + tile_rows - 1) / tile_rows);
+    const int tile_x = blockIdx.x % tiles_x;
+    const int tile_y = blockIdx.x / tiles_x % tiles_y;
+    const int64 image = blockIdx.x / tiles_x / tiles_y;
+
+    __shared__ __align__(16) StagedRow staged[3];
+    __shared__ int cells[PIXEL_ROWS + 1];
+    __shared__ float fractions[PIXEL_ROWS];
+
+    const int first_x = tile_x * int(tile_columns), last_x = min(first_x + int(tile_columns), int(full_w)) - 1;
+    const int x = first_x + int(threadIdx.x);
+    const bool inside = x <= last_x;
+    const int pixel = min(x, last_x);
+    const int left = horizontal.cell(pixel), first_column = horizontal.cell(first_x);
+    const int columns = horizontal.cell(last_x) + 2 - first_column;
+    const int last_column = int(w) - 1 - first_column;
+    Between between;
+    between.left = left - first_column;
+    between.right = horizontal.has_next(left) ? between.left + 1 : columns;  // zeros
+    between.right_weight = horizontal.fraction(pixel, left);
+    between.left_weight = 1.0f - between.right_weight;
+
+    const int begin = tile_y * int(tile_rows);
+    const int rows = min(int(tile_rows), int(full_h) - begin);
+    for (int i = threadIdx.x; i <= rows; i += blockDim.x) {
+        cells[i] = i < rows ? vertical.cell(begin + i) : -1;
+        if (i < rows) fractions[i] = vertical.fraction(begin + i, cells[i]);
+    }
+    for (int i = threadIdx.x; i < PAD; i += blockDim.x)
+        staged[0][columns][i] = staged[1][columns][i] = staged[2][columns][i] = 0.0f;
+    const int first_cell = vertical.cell(begin), last_cell = vertical.cell(begin + rows - 1), last_row = int(h) - 1;
+    const Logit* origin = logits + image * image_stride + first_column * pixel_stride;
+    stage(staged[0], origin + first_cell * row_stride, class_stride, pixel_stride, columns, last_column);
+    stage(staged[1], origin + min(first_cell + 1, last_row) * row_stride, class_stride, pixel_stride, columns, last_column);
+    __syncthreads();
+
+    float sum = 0.0f;  // of at most PIXEL_ROWS losses
+    unsigned hard = 0, valid = 0;
+    float nan = 0.0f;
+    Line line;
+    const int64 first_pixel = (image * full_h + begin) * full_w + pixel;
+    const Label* label_here = target + first_pixel;
+    float* loss_here = losses + first_pixel;
+    int above = 0, below = 1, next = 2;
+    bool carry = false;
+    int i = 0;
+    for (int cell = first_cell; cell <= last_cell; ++cell) {
+        if (cell < last_cell)
+            stage(staged[next], origin + min(cell + 2, last_row) * row_stride, class_stride, pixel_stride, columns, last_column);
+        const bool has_bottom = vertical.has_next(cell);
+        line.load(between, staged[above], staged[below], has_bottom, carry);
+        carry = has_bottom;
+        const float *top_left = staged[above][between.left], *bottom_left = staged[has_bottom ? below : above][between.left];
+        for (; cells[i] == cell; ++i, label_here += full_w, loss_here += full_w) {
+            const Label label = *label_here;
+            const float fraction = fractions[i];
+            float even = 0.0f, odd = 0.0f;  // two sums, since an addition waits for the one before
+#pragma unroll
+            for (int k = 0; k < K; ++k)
+                (k % 2 ? odd : even) += fast_exp2(line.at(k, fraction));
+            float exponentials = even + odd, highest = 0.0f;
+            if (exponentials < 1e-18f) {  // all are far below, between pixels with different largest classes
+                highest = -INFINITE;
+#pragma unroll
+                for (int k = 0; k < K; ++k)
+                    highest = fmaxf(highest, line.at(k, fraction));
+                highest = finite(highest);
+                exponentials = 0.0f;
+#pragma unroll
+                for (int k = 0; k < K; ++k)
+                    exponentials += fast_exp2(line.at(k, fraction) - highest);
+            }
+            nan = fmaf(exponentials, 0.0f, nan);
+            const bool known = label >= 0 && label < K;
+            float value = IGNORED;
+            if (label != IGNORE) {
+                value = NOT_A_NUMBER;
+                if (known) {
+                    const float own = between.score(top_left, bottom_left, int(label), fraction);
+                    value = LN_2 * ((highest - own) + fast_log2(exponentials));
+                    if (value <= 0.0f) value = 0.0f;  // rounding; a NaN passes
+                }
+                ++valid;
+                if (!(value <= hard_loss)) {
+                    ++hard;
+                    sum += value;
+                }
+            }
+            if (inside) *loss_here = value;
+        }
+        __syncthreads();
+        const int free = above;
+        above = below;
+        below = next;
+        next = free;
+    }
+    if (!inside) sum = 0.0f, hard = valid = 0;
+    if (full_h < h || full_w < w)  // not every logit is next to a pixel
+        if (any_nan(logits, image_stride, class_stride, row_stride, pixel_stride, images, classes, h, w)) nan = NOT_A_NUMBER;
+    conclude(sum, hard, valid, nan != nan, hard_loss, numerator, denominator, kept_only, state, slots, selection, loss,
+             n_kept);
+}
+
+constexpr int PLACES = BLOCK + COLUMNS;  // the place of a pixel is its thread plus its cell, which avoids bank conflicts
+
+// Add up 4 N classes from class 4 `j` of the pixels beside column `q` of a row of logits, and write them. Bits of `part`:
+// 1 not the first, 2 not the last of the blocks full of pixels that belong to one logit, 4 the last of them.
+template <int N>
+__device__ __forceinline__ void gather(
+    const float (*gathered)[PAD], const float* fractions, const int* starts, bool some, int q, int j, Logit* row_out,
+    int64 pixel_stride, int64 class_stride, float scale, float* sums, int part) {
+    float sum[4 * N];
+#pragma unroll
+    for (int i = 0; i < 4 * N; ++i)
+        sum[i] = 0.0f;
+    if (some) {
+        const int middle = starts[q + 1] + q, last = starts[q + 2] + q;
+#pragma unroll 1
+        for (int p = starts[q] + q; p <= last; ++p) {  // the place in the middle is nobody's and holds zeros
+            const float fraction = fractions[p], weight = p < middle ? fraction : 1.0f - fraction;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const float4 one = ((const float4*)gathered[p])[j + i];
+                sum[4 * i] = fmaf(weight, one.x, sum[4 * i]);
+                sum[4 * i + 1] = fmaf(weight, one.y, sum[4 * i + 1]);
+                sum[4 * i + 2] = fmaf(weight, one.z, sum[4 * i + 2]);
+                sum[4 * i + 3] = fmaf(weight, one.w, sum[4 * i + 3]);
+            }
+        }
+    }
+    if (part) {
+#pragma unroll
+        for (int i = 0; i < 4 * N; ++i) {
+            if (4 * j + i >= K) continue;
+            if (part & 1) sum[i] += sums[4 * j + i];
+            sums[4 * j + i] = sum[i];
+        }
+        if (part & 2) return;
+    }
+    Logit* out = row_out + (q * pixel_stride + 4 * j * class_stride);
+#pragma unroll
+    for (int i = 0; i < 4 * N; ++i)
+        if (4 * j + i < K) {
+            store(out, sum[i] * scale);
+            out += class_stride;
+        }
+}
+
+
+// Gradient of the logits, each element written once by the block that owns it: `tile_rows` x `tile_columns` logits of
+// one image. The block walks the pixels next to its logits; those on its border are seen by two blocks. A thread gathers
+// its column over the rows of a cell; then the columns are gathered through shared memory. If the pixels next to one
+// column of logits are more than the block has threads, tile_rows and tile_columns are 1.
+extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backward(
+    GEOMETRY, const float* __restrict__ losses, const Selection* __restrict__ selection,
+    const float* __restrict__ upstream, int64 tile_rows, int64 tile_columns, Logit* __restrict__ gradient,
+    int64 image_stride_out, int64 class_stride_out, int64 row_stride_out, int64 pixel_stride_out) {
+    __shared__ __align__(16) StagedRow staged[2];         // rows of logits, even and odd
+    __shared__ __align__(16) float gathered[2][PLACES][PAD];  // gradients of columns of pixels for even and odd rows of logits
+    __shared__ float fractions[PLACES], sums[K];
+    __shared__ int starts[COLUMNS + 1], row_starts[LOGIT_ROWS + 2];
+    __shared__ unsigned kept[2];  // cells with a pixel that is kept, as bits from first_y - 1
+
+    const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
+    const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
+    const int tiles_x = int((w + tile_columns - 1) / tile_columns);
+    const int tiles_y = int((h + tile_rows - 1) / tile_rows);
+    const int first_x = int(blockIdx.x % tiles_x * tile_columns);
+    const int first_y = int(blockIdx.x / tiles_x % tiles_y * tile_rows);
+    const int64 image = blockIdx.x / tiles_x / tiles_y;
+    const int columns = min(int(tile_columns), int(w) - first_x);
+    const int last_y = min(first_y + int(tile_rows), int(h)) - 1;
+    const int first_column = max(first_x - 1, 0), last_column = int(w) - 1 - first_column;
+    const int near_columns = first_x + columns + 1 - first_column;
+    const Logit* origin = logits + image * image_stride + first_column * pixel_stride;
+
+    const float cut = selection->cut, share = selection->share;
+    const float scale = selection->scale * *upstream;
+    const bool spread = columns * QUADS <= 2 * 32;  // else one thread for all classes needs fewer instructions
+
+    for (int i = threadIdx.x; i <= last_y + 2 - first_y; i += blockDim.x)
+        row_starts[i] = vertical.first(first_y - 1 + i);
+    for (int i = threadIdx.x; i < PAD; i += blockDim.x)
+        staged[0][near_columns][i] = staged[1][near_columns][i] = 0.0f;
+    const int begin = horizontal.first(first_x - 1), end = horizontal.first(first_x + columns);
+    for (int base = begin; base < end || base == begin; base += blockDim.x) {
+        const int x = base + threadIdx.x;
+        const bool inside = x < end;
+        const int pixel = min(x, int(full_w) - 1);
+        const int left = horizontal.cell(pixel);
+        Between between;
+        between.left = left - first_column;
+        between.right = horizontal.has_next(left) ? between.left + 1 : near_columns;  // zeros
+        between.right_weight = horizontal.fraction(pixel, left);
+        between.left_weight = 1.0f - between.right_weight;
+
+        __syncthreads();
+        const int place = inside ? threadIdx.x + left - (first_x - 1) : PLACES - 1;
+        for (int i = threadIdx.x; i < 2 * PLACES * QUADS; i += blockDim.x)
+            quad(&gathered[0][0][0], i) = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int i = threadIdx.x; i < PLACES; i += blockDim.x)
+            fractions[i] = 0.0f;
+        __syncthreads();
+        if (inside) fractions[place] = between.right_weight;
+        for (int i = threadIdx.x; i < columns + 2; i += blockDim.x) {
+            const int start = horizontal.first(first_x - 1 + i) - base;
+            starts[i] = max(0, min(start, min(int(blockDim.x), end - base)));
+        }
+        for (int i = threadIdx.x; i < 2; i += blockDim.x)
+            kept[i] = 0;
+        __syncthreads();
+
+        // Which cells have something to do, in this column and in the block.
+        uint64 mine = 0;
+        if (inside) {
+            for (int cell = max(first_y - 1, 0); cell <= last_y; ++cell) {
+                const int y = row_starts[cell - first_y + 1], count = row_starts[cell - first_y + 2] - y;
+                const float* map = losses + ((image * full_h + y) * full_w + pixel);
+                bool some = false;
+#pragma unroll 2
+                for (int i = 0; i < count; ++i, map += full_w)
+                    some |= *map >= cut;
+                if (some) mine |= uint64(1) << (cell - first_y + 1);
+            }
+        }
+        if (unsigned(mine)) atomicOr(&kept[0], unsigned(mine));
+        if (unsigned(mine >> 32)) atomicOr(&kept[1], unsigned(mine >> 32));
+        __syncthreads();
+        const uint64 all = uint64(kept[1]) << 32 | kept[0];
+
+        float row_above[K], row_below[K];  // sums for the rows of logits above and below the cell
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            row_below[k] = 0.0f;
+        Line line;
+        bool carry = false;
+        int staged_to = -1;  // rows before this one are in shared memory, those that are of use
+        for (int cell = max(first_y - 1, 0); cell <= last_y; ++cell) {
+            const int bit = cell - first_y + 1;
+            const bool here_in_block = all >> bit & 1, here = mine >> bit & 1;
+            const bool has_bottom = vertical.has_next(cell);
+            StagedRow &above = staged[cell & 1], &below = staged[(cell + 1) & 1];
+            float(&for_above)[PAD] = gathered[cell & 1][place];
+            float(&for_below)[PAD] = gathered[(cell + 1) & 1][place];
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                row_above[k] = row_below[k];
+                row_below[k] = 0.0f;
+            }
+            if (here_in_block) {
+                if (cell == first_y) __syncthreads();  // the cell before may still be read
+                if (staged_to <= cell)
+                    stage(above, origin + cell * row_stride, class_stride, pixel_stride, near_columns, last_column);
+                if (has_bottom)
+                    stage(below, origin + (cell + 1) * row_stride, class_stride, pixel_stride, near_columns, last_column);
+                staged_to = has_bottom ? cell + 2 : cell + 1;
+                __syncthreads();
+            }
+            if (here) {
+                line.load(between, above, below, has_bottom, carry);
+                carry = has_bottom;
+                const float *top_left = above[between.left], *bottom_left = (has_bottom ? below : above)[between.left];
+                const float last = cell + 1 < int(h) ? 1.0f : 0.0f;
+                float y_here = float(row_starts[bit]);
+                int y = row_starts[bit];
+                const int cell_end = row_starts[bit + 1];
+                const int64 at = (image * full_h + y) * full_w + pixel;
+                const float* loss_here = losses + at;
+                const Label* label_here = target + at;
+                for (; y < cell_end; ++y, y_here += 1.0f, loss_here += full_w, label_here += full_w) {
+                    const float value = *loss_here;
+                    const int label = int(*label_here);
+                    const float weight = value > cut ? 1.0f : value == cut ? share : 0.0f;
+                    if (weight == 0.0f) continue;
+                    const float fraction = last * (vertical.source(y_here) - float(cell));
+                    const float own = between.score(top_left, bottom_left, label, fraction);
+                    const float log_sum = fmaf(value, LOG2_E, own);
+                    const float weight_below = weight * fraction, weight_above = weight - weight_below;
+                    for_above[label] -= weight_above;
+                    for_below[label] -= weight_below;
+                    if (log_sum > -60.0f) {
+                        const float normalizer = fast_exp2(-log_sum);
+                        const float a = weight_above * normalizer, b = weight_below * normalizer;
+#pragma unroll
+                        for (int k = 0; k < K; ++k) {
+                            const float exponential = fast_exp2(line.at(k, fraction));
+                            row_above[k] = fmaf(a, exponential, row_above[k]);
+                            row_below[k] = fmaf(b, exponential, row_below[k]);
+                        }
+                    } else {  // all are far below
+#pragma unroll
+                        for (int k = 0; k < K; ++k) {
+                            const float probability = fast_exp2(line.at(k, fraction) - log_sum);
+                            row_above[k] = fmaf(weight_above, probability, row_above[k]);
+                            row_below[k] = fmaf(weight_below, probability, row_below[k]);
+                        }
+                    }
+                }
+            } else {
+                carry = false;
+            }
+            if (cell < first_y) {  // the row above belongs to another block
+                if (here) clear(for_above);
+                continue;
+            }
+
+            const bool some = here_in_block || (bit > 0 && all >> (bit - 1) & 1);
+            if (some) {
+                if (inside) {
+#pragma unroll
+                    for (int j = 0; j < QUADS; ++j) {
+                        float4 sum = quad(for_above, j);
+                        if (4 * j < K) sum.x += row_above[4 * j];
+                        if (4 * j + 1 < K) sum.y += row_above[4 * j + 1];
+                        if (4 * j + 2 < K) sum.z += row_above[4 * j + 2];
+                        if (4 * j + 3 < K) sum.w += row_above[4 * j + 3];
+                        quad(for_above, j) = sum;
+                    }
+                }
+                __syncthreads();
+            }
+            Logit* const row_out = gradient + image * image_stride_out + cell * row_stride_out + first_x * pixel_stride_out;
+            const int part = end - begin <= int(blockDim.x) ? 0 : (base > begin ? 1 : 0) | (base + int(blockDim.x) < end ? 2 : 4);
+            if (spread)
+                for (int item = threadIdx.x; item < columns * QUADS; item += blockDim.x)
+                    gather<1>(gathered[cell & 1], fractions, starts, some, item / QUADS, item % QUADS, row_out, pixel_stride_out, class_stride_out, scale, sums, part);
+            else
+                for (int q = threadIdx.x; q < columns; q += blockDim.x)
+                    gather<QUADS>(gathered[cell & 1], fractions, starts, some, q, 0, row_out, pixel_stride_out, class_stride_out, scale, sums, part);
+            if (some) {
+                __syncthreads();
+                if (inside) clear(for_above);
+            }
+        }
+    }
+}
+
+#else
+// -------------------------------------------------------------------------------------------- any number of classes
+
+// Where a thread reads: its column between two columns of logits.
+struct Column {
+    int64 class_stride, right;
+    bool has_right;
+    float left_weight, right_weight;
+
+    __device__ __forceinline__ Column(const Axis& axis, int pixel, int cell, int64 class_stride, int64 pixel_stride)
+        : class_stride(class_stride), right(axis.has_next(cell) ? pixel_stride : 0), has_right(axis.has_next(cell)) {
+        right_weight = axis.fraction(pixel, cell);
+        left_weight = 1.0f - right_weight;
+    }
+    __device__ __forceinline__ float score(const Logit* logit, const Logit* beside) const {
+        return fmaf(has_right ? to_float(*beside) : 0.0f, right_weight, to_float(*logit) * left_weight);
+    }
+    __device__ __forceinline__ float score(const Logit* logit) const { return score(logit, logit + right); }
+    // Score of one class between two rows of logits, read once more: registers have no index.
+    __device__ __forceinline__ float score(const Logit* logit, int64 row_stride, bool has_next, float fraction) const {
+        const float top = score(logit);
+        return has_next ? fmaf(score(logit + row_stride) - top, fraction, top) : top;
+    }
+};
+
+// Scores of K classes, of which `count` exist, in a column between two rows of logits.
+struct Scores {
+    float top[K], slope[K];  // at the upper row, and how they change towards the lower one
+    bool has_bottom = false;
+    int cell = -1;
+
+    __device__ __forceinline__ float at(int k, float fraction) const { return fmaf(slope[k], fraction, top[k]); }
+    // The rows around a cell. What the cell before had below, this one has above: it is not read again.
+    __device__ __forceinline__ void load(
+        const Column& column, const Logit* row, int64 row_stride, int count, int next_cell, bool next_has_bottom) {
+        if (has_bottom && next_cell == cell + 1) {
+#pragma unroll
+            for (int k = 0; k < K; ++k)
+                top[k] += slope[k];
+        } else {
+            read(column, row, count, top);
+        }
+        cell = next_cell;
+        has_bottom = next_has_bottom;
+        if (has_bottom) read(column, row + row_stride, count, slope);
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            slope[k] = has_bottom ? slope[k] - top[k] : 0.0f;
+    }
+    __device__ __forceinline__ float largest(float fraction, int count) const {
+        float highest = -INFINITE;
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            if (k < count) highest = fmaxf(highest, at(k, fraction));
+        return highest;
+    }
+    // Sum of e^(score - shift).
+    __device__ __forceinline__ float exponentials(float fraction, float shift, int count) const {
+        float even = 0.0f, odd = 0.0f;  // two sums, since an addition waits for the one before
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            if (k < count) (k % 2 ? odd : even) += fast_exp2((at(k, fraction) - shift) * LOG2_E);
+        return even + odd;
+    }
+
+private:
+    __device__ __forceinline__ static void read(const Column& column, const Logit* logits, int count, float (&row)[K]) {
+        const Logit* beside = logits + column.right;
+#pragma unroll
+        for (int k = 0; k < K; ++k, logits += column.class_stride, beside += column.class_stride)
+            row[k] = k < count ? column.score(logits, beside) : 0.0f;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK, 3) ohem_forward(
+    GEOMETRY, RULE, int64 tile_rows, int64 tile_columns, float* __restrict__ losses, RESULTS) {
+    const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
+    const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
+    const int tiles_x = int((full_w + tile_columns - 1) / tile_columns);
+    const int tiles_y = int((full_h + tile_rows - 1) / tile_rows);
+    const int tile_x = blockIdx.x % tiles_x;
+    const int tile_y = blockIdx.x / tiles_x % tiles_y;
+    const int64 image = blockIdx.x / tiles_x / tiles_y;
+
+    const int x = tile_x * int(tile_columns) + int(threadIdx.x);
+    const bool inside = int(threadIdx.x) < tile_columns && x < full_w;
+    const int pixel = inside ? x : int(full_w) - 1;
+    const int left = horizontal.cell(pixel);
+    const Column column(horizontal, pixel, left, class_stride, pixel_stride);
+    const Logit* corner = logits + image * image_stride + left * pixel_stride;
+
+    __shared__ int cells[PIXEL_ROWS];
+    __shared__ float fractions[PIXEL_ROWS];
+    const int begin = tile_y * int(tile_rows);
+    const int rows = min(int(tile_rows), int(full_h) - begin);
+    for (int i = threadIdx.x; i < rows; i += blockDim.x) {
+        cells[i] = vertical.cell(begin + i);
+        fractions[i] = vertical.fraction(begin + i, cells[i]);
+    }
+    __syncthreads();
+
+    float sum = 0.0f;  // of at most PIXEL_ROWS losses
+    unsigned hard = 0, valid = 0;
+    bool nan = false;
+    const int64 first_pixel = (image * full_h + begin) * full_w + pixel;
+    const Label* label_here = target + first_pixel;
+    float* loss_here = losses + first_pixel;
+    for (int i = 0; i < rows; ++i, label_here += full_w, loss_here += full_w) {
+        const Label label = *label_here;
+        const bool known = label >= 0 && label < classes;
+        const int cell = cells[i];
+        const float fraction = fractions[i];
+        const Logit* row = corner + cell * row_stride;
+        const bool has_bottom = vertical.has_next(cell);
+
+        float highest = -INFINITE, exponentials = 0.0f;
+        for (int c = 0; c < int(classes); c += K) {
+            const int count = min(K, int(classes) - c);
+            Scores chunk;
+            chunk.load(column, row + c * class_stride, row_stride, count, cell, has_bottom);
+            const float before = highest;
+            highest = fmaxf(highest, chunk.largest(fraction, count));
+            exponentials = fmaf(exponentials, fast_exp2((before - finite(highest)) * LOG2_E),
+                                chunk.exponentials(fraction, finite(highest), count));
+        }
+        const float own = known ? column.score(row + int64(label) * class_stride, row_stride, has_bottom, fraction) : 0.0f;
+        nan |= exponentials != exponentials;
+
+        if (!inside) continue;
+        float value = IGNORED;
+        if (label != IGNORE) {
+            value = known ? (highest - own) + LN_2 * fast_log2(exponentials) : NOT_A_NUMBER;
+            if (value <= 0.0f) value = 0.0f;  // rounding; a NaN passes
+            ++valid;
+            if (!(value <= hard_loss)) {
+                ++hard;
+                sum += value;
+            }
+        }
+        *loss_here = value;
+    }
+    if (full_h < h || full_w < w)  // not every logit is next to a pixel
+        nan |= any_nan(logits, image_stride, class_stride, row_stride, pixel_stride, images, classes, h, w);
+    conclude(sum, hard, valid, nan, hard_loss, numerator, denominator, kept_only, state, slots, selection, loss, n_kept);
+}
 
 // Most places of a row of pixels in shared memory. The place of a pixel is its thread plus its cell: a cell has as many
 // pixels as the stride, an even number, and with one more, threads that begin at different cells use other banks.
 constexpr int PITCH = 2 * BLOCK + 1;
 
-// Gradient of the logits, each element written once by the block that owns it: `tile_rows` x `tile_columns` logits of
-// one image, and K classes. The block walks the pixels next to its logits; those on its border are seen by two blocks.
-// A thread gathers its column over the rows of a cell; then the columns are gathered through shared memory.
-// If the pixels next to one column of logits are more than the block has threads, tile_rows and tile_columns are 1.
-extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
-    const Logit* __restrict__ logits, int64 image_stride, int64 class_stride, int64 row_stride, int64 pixel_stride,
-    const Label* __restrict__ target, int64 classes, int64 h, int64 w, int64 full_h, int64 full_w,
-    float scale_y, float scale_x, int64 align, const float* __restrict__ losses, const Selection* __restrict__ selection,
+// As above, with one block for each K classes.
+extern "C" __global__ void __launch_bounds__(BLOCK, 3) ohem_backward(
+    GEOMETRY, const float* __restrict__ losses, const Selection* __restrict__ selection,
     const float* __restrict__ upstream, int64 tile_rows, int64 tile_columns, Logit* __restrict__ gradient,
     int64 image_stride_out, int64 class_stride_out, int64 row_stride_out, int64 pixel_stride_out) {
     __shared__ float gathered[K][PITCH], fractions[PITCH], sums[K];
@@ -498,11 +917,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
 
     const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
     const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
-    const int chunks = ONE_CHUNK ? 1 : (int(classes) + K - 1) / K;
+    const int chunks = (int(classes) + K - 1) / K;
     const int tiles_x = int((w + tile_columns - 1) / tile_columns);
     const int tiles_y = int((h + tile_rows - 1) / tile_rows);
-    const int first_class = ONE_CHUNK ? 0 : blockIdx.x % chunks * K;
-    const int count = ONE_CHUNK ? K : min(K, int(classes) - first_class);
+    const int first_class = int(blockIdx.x) % chunks * K;
+    const int count = min(K, int(classes) - first_class);
     const int first_x = int(blockIdx.x / chunks % tiles_x * tile_columns);
     const int first_y = int(blockIdx.x / chunks / tiles_x % tiles_y * tile_rows);
     const int64 image = blockIdx.x / chunks / tiles_x / tiles_y;
@@ -540,9 +959,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
 
         float row_above[K], row_below[K];  // sums for the rows of logits above and below the cell
         bool some_before = false;
-        Scores<false> scores;
+        Scores scores;
 #pragma unroll
-        for (int i = 0; i < K; ++i) row_below[i] = 0.0f;
+        for (int i = 0; i < K; ++i)
+            row_below[i] = 0.0f;
 
         int y = row_starts[0];
         for (int cell = max(first_y - 1, 0); cell <= last_y; ++cell) {
@@ -556,7 +976,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
             bool some = false;
             if (inside) {
 #pragma unroll 4
-                for (int i = 0; i < cell_end - y; ++i) some |= losses[map + i * full_w] >= cut;
+                for (int i = 0; i < cell_end - y; ++i)
+                    some |= losses[map + i * full_w] >= cut;
             }
             if (some) {
                 const Logit* row = corner + cell * row_stride;
@@ -568,12 +989,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
                     if (weight == 0.0f) continue;
                     const float fraction = vertical.fraction(y, cell);
                     const float own = column.score(row + label * class_stride, row_stride, scores.has_bottom, fraction);
-                    const float log_sum = fmaf(value, LOG2_E, own);
                     const float own_slope = fast_exp2(-LOG2_E * value) - 1.0f;  // exactly 0 where the loss is
                     const float weight_below = weight * fraction, weight_above = weight - weight_below;
 #pragma unroll
                     for (int k = 0; k < K; ++k) {
-                        const float slope = k == label ? own_slope : fast_exp2(scores.at(k, fraction) - log_sum);
+                        const float slope = k == label ? own_slope : fast_exp2(((scores.at(k, fraction) - own) - value) * LOG2_E);
                         row_above[k] = fmaf(weight_above, slope, row_above[k]);
                         row_below[k] = fmaf(weight_below, slope, row_below[k]);
                     }
@@ -607,9 +1027,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
                     if (some_in_block) {
                         const int middle = starts[q + 1] + q, last = starts[q + 2] + q;
 #pragma unroll 2
-                        for (int p = starts[q] + q; p < middle; ++p) sum = fmaf(fractions[p], gathered[c][p], sum);
+                        for (int p = starts[q] + q; p < middle; ++p)
+                            sum = fmaf(fractions[p], gathered[c][p], sum);
 #pragma unroll 2
-                        for (int p = middle + 1; p <= last; ++p) sum = fmaf(1.0f - fractions[p], gathered[c][p], sum);
+                        for (int p = middle + 1; p <= last; ++p)
+                            sum = fmaf(1.0f - fractions[p], gathered[c][p], sum);
                     }
                     if (end - begin > int(blockDim.x)) {  // one logit and class, over several blocks full of pixels
                         if (base > begin) sum += sums[c];
@@ -622,3 +1044,4 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) ohem_backward(
         }
     }
 }
+#endif

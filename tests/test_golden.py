@@ -39,9 +39,10 @@ def flat(node: Any, path: str = "") -> dict[str, Any]:
 )
 def test_runs_repeat_the_record(names: list[str], tmp_path: Path) -> None:
     """To the last digit, where the processor computes as that of the record; else the first step nearly."""
-    expected = json.loads((DATA / "golden.json").read_text())
+    records = json.loads((DATA / "golden.json").read_text())
+    expected = records.get(golden.maker(), records["GenuineIntel"])
     found = recorded(names, tmp_path)
-    same_processor = found.pop("canary") == expected["canary"]
+    same_processor = golden.maker() in records and found.pop("canary") == expected["canary"]
     for name in names:
         ours, record = flat(found[name]), flat(expected[name])
         assert ours.keys() == record.keys()

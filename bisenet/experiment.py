@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from bisenet import checkpoint, report
-from bisenet.callbacks import BestCheckpoint, LastCheckpoint, WeightAverage, log_scores
+from bisenet.callbacks import BestCheckpoint, WeightAverage, log_scores
 from bisenet.data import SegmentationDataModule
 from bisenet.inference import Segmenter
 from bisenet.losses import enet_class_weights
@@ -107,23 +107,17 @@ def build_module(cfg: DictConfig, data: SegmentationDataModule, segmenter: Segme
         built = build(cfg, "optimizer", params=groups)
         return built, build(cfg, "scheduler", optimizer=built)
 
-    groups = optimizer(segmenter.network)[0].param_groups  # once before, so that mistakes need no data
-    log.info("parameter groups:\n%s", "\n".join(map(_describe_group, groups)))
+    for group in optimizer(segmenter.network)[0].param_groups:  # once before, so that mistakes need no data
+        size = sum(parameter.numel() for parameter in group["params"])
+        log.info("parameter group %s: %d tensors, %s parameters, lr %g, weight decay %g", group["name"],
+                 len(group["params"]), f"{size:,}", group["lr"], group["weight_decay"])  # fmt: skip
     portable = checkpoint.portable(config["model"]["network"], segmenter, config["data"])
     return SegmentationModule(segmenter, build(cfg, "loss"), optimizer, portable, config)
-
-
-def _describe_group(group: dict[str, Any]) -> str:
-    size = sum(parameter.numel() for parameter in group["params"])
-    tensors, decay = len(group["params"]), group["weight_decay"]
-    return f"  {group['name']:16}{tensors:4} tensors {size:12,} parameters, lr {group['lr']:g}, weight decay {decay:g}"
 
 
 def build_trainer(cfg: DictConfig, continued: bool) -> Trainer:
     """Lightning's Trainer with its callbacks and loggers."""
     callbacks = list(build(cfg, "callbacks").values())
-    if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
-        log.warning("callbacks: without `last` the run cannot be resumed; callbacks=[default,...] keeps it")
     for node in cfg.logger.values():
         if "purge_step" in node and continued:  # TensorBoard
             node.purge_step = checkpoint.read(cfg.run_dir).step
@@ -159,7 +153,7 @@ def load_weights(cfg: DictConfig, network: nn.Module) -> None:
 # ---------------------------------------------------------------- training
 
 
-def train(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
+def train(config: dict[str, Any] | DictConfig) -> dict[str, Any]:
     """Train, evaluate the last weights and the best on val, and write the run directory.
 
     Args:
@@ -173,9 +167,8 @@ def train(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
         ValueError: configuration or data cannot work; raised before the first step.
         FloatingPointError: the loss became infinite or not a number.
     """
-    plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
-    cfg = OmegaConf.create(plain)
-    assert isinstance(cfg, DictConfig)
+    cfg: Any = OmegaConf.create(config)  # a copy
+    OmegaConf.resolve(cfg)
     run_dir = Path(cfg.run_dir)
     if cfg.resume is not None and (run_dir / "results.json").exists():
         log.info("%s is finished already", run_dir)
@@ -206,7 +199,9 @@ def _train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         data.prepare_data()
         data.setup()
         if module.hparams["loss"].get("criterion", {}).get("class_weights") == "enet":
-            module.loss.criterion.class_weights.copy_(torch.tensor(_enet_class_weights(data)))  # type: ignore
+            weights = enet_class_weights(data.class_counts(data.train_split))
+            log.info("class weights: %s", dict(zip(data.table.names, weights, strict=True)))
+            module.loss.criterion.class_weights.copy_(torch.tensor(weights))  # type: ignore
     if cfg.compile:
         segmenter.network.compile()
     origin = report.provenance({key: cfg[key] for key in ("seed", "init_seed", "data_seed")})
@@ -237,13 +232,6 @@ def _train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         report.write_results(results, run_dir)
         log.info("figures: %s", run_dir / "figures")
     return results
-
-
-def _enet_class_weights(data: SegmentationDataModule) -> list[float]:
-    weights = enet_class_weights(data.class_counts(data.train_split))
-    named = zip(data.table.names, weights, strict=True)
-    log.info("class weights: %s", ", ".join(f"{name} {weight:.2f}" for name, weight in named))
-    return weights
 
 
 @contextmanager

@@ -37,8 +37,7 @@ def scores(protocols: dict[str, Any]) -> dict[str, Any]:
     """Everything but times, of each protocol."""
     keys = ("miou", "fw_iou", "pixel_accuracy", "mean_accuracy", "mean_f1", "category_miou", "n_images", "absent")
     return {
-        name: {key: found[key] for key in keys}
-        | {key: [entry[key] for entry in found["classes"].values()] for key in ("iou",)}
+        name: {key: found[key] for key in keys} | {"iou": [entry["iou"] for entry in found["classes"].values()]}
         for name, found in protocols.items()
     }
 

@@ -134,12 +134,8 @@ def test_a_mistake_is_told_without_a_traceback_whatever_the_number_of_processes(
 @pytest.mark.slow
 def test_killed_processes_continue_as_if_nothing_had_happened(tmp_path: Path, scenes: list[str]) -> None:
     """With dropout, whose generator each process has for itself."""
-    settings = [
-        *scenes,
-        *TWO,
-        "+callbacks.kill={_target_: kill.Kill}",
-        "+callbacks.weights={_target_: probe.SaveWeights}",
-    ]
+    settings = [*scenes, *TWO, "+callbacks.kill={_target_: kill.Kill}",
+                "+callbacks.weights={_target_: probe.SaveWeights}"]  # fmt: skip
     assert train(tmp_path, "finished", *settings).returncode == 0
     killed = train(tmp_path, "killed", *settings, KILL_AT="batch_end:5")
     assert killed.returncode == 1

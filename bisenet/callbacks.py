@@ -3,7 +3,9 @@
 import csv
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bisenet.launch import ENDED, ENDING_SIGNALS
 from bisenet.report import markdown_table, overlay
 
 log = logging.getLogger(__name__)
@@ -152,6 +155,8 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"every_n_steps: got {every_n_steps}, accepted: an integer of at least 1")
         self.path = Path(path)
         self.every_n_steps = every_n_steps
+        self.save_now = False
+        """Save after the step that ends now, due or not."""
         self._generators: list[dict[str, torch.Tensor]] | None = None
         self._stopped = self._within_step = False
 
@@ -190,7 +195,7 @@ class LastCheckpoint(Checkpoint):
         """Save, unless a validation follows: Lightning would skip it after a resumption."""
         validation_follows = (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
         self._within_step = not ends_step(trainer, batch_idx)  # of accumulated gradients, which no checkpoint holds
-        due = trainer.global_step % self.every_n_steps == 0
+        due = self.save_now or trainer.global_step % self.every_n_steps == 0
         if due and not validation_follows and not self._within_step:
             self._save(trainer)
 
@@ -218,6 +223,77 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path)
 
 
+class EndOnSignal(Callback):
+    """Ends a training that is told to end, with the exit code ``ENDED`` of :mod:`bisenet.launch`, once a step is saved.
+
+    A validation that follows the step is part of it. Elsewhere, as in the final evaluation, there is nothing to save,
+    and the process ends at once, as it does at a second signal, a second or more after the first (`timeout` sends its
+    signal twice). Departs from Lightning, which saves nothing, ends with 0, and under Slurm requeues the job itself.
+    """
+
+    def __init__(self) -> None:
+        self._told_at: float | None = None
+        self._trains = self._ends = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Heed the signals within."""
+        before = [(number, signal.getsignal(number)) for number in ENDING_SIGNALS]
+        self._listen()
+        try:
+            yield
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+
+    def _listen(self) -> None:
+        for number in ENDING_SIGNALS:
+            signal.signal(number, self._tell)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Heed them again: Lightning has put its own handler there."""
+        self._listen()
+
+    on_test_start = on_sanity_check_start
+
+    def _tell(self, *_: Any) -> None:
+        if self._told_at is not None and perf_counter() > self._told_at + 1:
+            os._exit(ENDED)
+        if self._told_at is None:
+            self._told_at = perf_counter()
+            if not self._trains:
+                raise SystemExit(ENDED)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From now on a step is to be finished."""
+        self._listen()
+        self._trains = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Agree with the other processes on the step after which the training ends, and have it saved."""
+        if ends_step(trainer, batch_idx):
+            told = trainer.strategy.reduce_boolean_decision(self._told_at is not None, all=False)
+            if told and not self._ends:
+                log.warning("told to end: step %d is saved; a second signal ends at once", trainer.global_step)
+                self._ends = True
+                for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                    if isinstance(callback, LastCheckpoint):
+                        callback.save_now = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """It has been saved."""
+        if self._ends:
+            raise SystemExit(ENDED)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was the last step has been saved."""
+        self._trains = False
+        if self._told_at is not None:
+            raise SystemExit(ENDED)
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's checkpoint of the best score, which continues wherever the run's directory lies by then.
 
@@ -241,7 +317,9 @@ class BestCheckpoint(ModelCheckpoint):
                 return {moved(key): item for key, item in value.items()}
             return here + value.removeprefix(written) if isinstance(value, str) and value.startswith(written) else value
 
-        super().load_state_dict({key: moved(value) for key, value in state_dict.items()})
+        state = {key: moved(value) for key, value in state_dict.items()}
+        if Path(state["best_model_path"]).is_file():  # else it is of the run whose checkpoint this one takes up
+            super().load_state_dict(state)
 
 
 class WeightAverage(Callback):

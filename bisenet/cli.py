@@ -4,14 +4,16 @@ Composition knows every key, since all of them stand in ``conf/``: a misspelt on
 imported. A wrong value is answered by the constructor that takes it.
 """
 
+import atexit
 import difflib
 import functools
+import itertools
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -69,41 +72,19 @@ RENAMED = {
 # ---------------------------------------------------------------- resolvers
 
 
-def new_run_dir(resume: str | None, name: str) -> str:
-    """``${new_run_dir:${resume},${name}}``: the run that is resumed, or a folder that nobody has."""
-    if resume is not None:
-        if not (Path(resume) / ".hydra" / "config.yaml").is_file():
-            raise ValueError(f"resume: got {resume!r}, accepted: the directory of a run, outputs/<name>/<date_time>")
-        return resume
-    if not re.fullmatch(r"\w[\w+.-]*", name):
-        raise ValueError(f"name: got {name!r}, accepted: letters, digits, '_', '+', '-' and '.'")
-    folder = new = Path("outputs", name, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    number = 1
-    while new.exists():
-        number += 1
-        new = folder.with_name(f"{folder.name}_{number}")
-    return str(new)
-
-
-def config_subdir(resume: str | None, run_dir: str, mode: RunMode) -> str | None:
+def config_subdir(resume: str | None, run_dir: str) -> str | None:
     """Hydra's folder within the run. Evaluated before Hydra writes there: what a run has recorded stays as it was."""
     folder = Path(run_dir)
     if (rank := os.environ.get("RANK", "0")) != "0":  # torchrun, started by the user: the other processes of this run
         return f".hydra/rank_{rank}"
-    if mode == RunMode.MULTIRUN:  # the folder says which job it is: the same command continues it
-        if (folder / "results.json").exists():
-            return None
-        continued = (folder / "provenance.json").exists()  # written once training can begin
-    else:
-        continued = resume is not None
-        begun = (folder / ".hydra" / "config.yaml").exists() and any(
-            path.name != ".hydra" and path.suffix != ".log" for path in folder.iterdir()
-        )  # else a mistake was found before anything was written
-        if begun and not continued:
-            raise ValueError(
-                f"hydra.run.dir: got {run_dir}, which holds a run already; accepted: another directory, or to continue "
-                f"training resume={run_dir}"
-            )
+    begun = (folder / ".hydra" / "config.yaml").exists() and any(
+        path.name not in (".hydra", ".lock") and path.suffix != ".log" for path in folder.iterdir()
+    )  # else a mistake was found before anything was written
+    if begun and resume is None:
+        raise ValueError(f"hydra.run.dir: got {run_dir}, which holds a run already; accepted: another directory")
+    if (folder / "results.json").exists():
+        return None
+    continued = begun or resume not in (None, "auto")
     return f".hydra/resumed_{datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}" if continued else ".hydra"
 
 
@@ -122,11 +103,59 @@ def validation_miou(*, _root_: DictConfig) -> str:
 
 
 # At import, since the processes of a launcher import this module but do not call the entry.
-for resolver in (new_run_dir, config_subdir):
-    OmegaConf.register_new_resolver(resolver.__name__, resolver, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("config_subdir", config_subdir, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("run_tags", run_tags, replace=True)
 OmegaConf.register_new_resolver("run_name", lambda run_dir: Path(run_dir).name, replace=True)
 OmegaConf.register_new_resolver("validation_miou", validation_miou, replace=True)
+
+
+# ---------------------------------------------------------------- a directory for each command
+
+
+class RunDirectory(Callback):
+    """Gives a command a directory of its own before anything is written there, and locks it until the process ends."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Claim it."""
+        try:
+            _claim(config)
+        except Exception as error:
+            raise Refused(error) from None
+
+
+class Refused(BaseException):
+    """Carries an error out of a Hydra callback: of an exception Hydra makes a warning, and goes on."""
+
+
+def _claim(cfg: DictConfig) -> None:
+    resume, name = cfg.get("resume"), cfg.get("name", "run")
+    by_time = "${now" in OmegaConf.to_container(cfg.hydra.run, resolve=False)["dir"]  # type: ignore[index,call-overload]
+    if not re.fullmatch(r"\w[\w+.-]*", name):
+        raise ValueError(f"name: got {name!r}, accepted: letters, digits, '_', '+', '-' and '.'")
+    if resume not in (None, "auto"):
+        if not (Path(resume) / ".hydra" / "config.yaml").is_file():
+            raise ValueError(
+                f"resume: got {resume!r}, accepted: the directory of a run, outputs/<name>/<date_time>, or auto: what "
+                "hydra.run.dir holds, or null: nothing"
+            )
+        if not by_time and Path(resume).resolve() != Path(cfg.hydra.run.dir).resolve():
+            raise ValueError(
+                f"hydra.run.dir: got {cfg.hydra.run.dir}, accepted: {resume}, where the run that is resumed lies"
+            )
+        cfg.hydra.run.dir = resume
+    elif by_time:
+        folder = Path(cfg.hydra.run.dir)
+        for number in itertools.count(2):
+            try:
+                Path(cfg.hydra.run.dir).mkdir(parents=True)
+                break
+            except FileExistsError:  # another command of the same second
+                cfg.hydra.run.dir = f"{folder}_{number}"
+    if os.environ.get("RANK", "0") == "0":
+        Path(cfg.hydra.run.dir).mkdir(parents=True, exist_ok=True)
+        locked = ExitStack()
+        locked.enter_context(launch.alone_in(Path(cfg.hydra.run.dir)))
+        atexit.register(locked.close)
 
 
 # ---------------------------------------------------------------- answers
@@ -165,7 +194,10 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
             try:
                 with answering():
                     refuse_renamed()
-                    hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(job)()
+                    try:
+                        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(job)()
+                    except Refused as refused:
+                        raise refused.args[0] from None
             finally:
                 os.environ.pop("HYDRA_FULL_ERROR") if full is None else None
 
@@ -254,27 +286,46 @@ def name_changed_presets(cfg: DictConfig) -> None:
 @entry("train")
 def train_task(cfg: DictConfig) -> None:
     """Train and evaluate a model, or many with -m."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, started by the user
+        launch.end_with(os.getppid())
+    if not sweep.is_job():
+        return _train(cfg)
+    try:
+        with launch.alone_in(Path(cfg.run_dir)):
+            return _train(cfg)
+    except launch.InUse as error:
+        log.info("%s: the job is left to it", error)
+
+
+def _train(cfg: DictConfig) -> None:
     if sweep.is_job():
         continued = sweep.job(cfg)
         if continued is None:
             return
         cfg = continued
-    elif cfg.resume is not None:
+    elif cfg.resume not in (None, "auto"):
         cfg = resumed(cfg)
+    elif os.environ.get("RANK", "0") == "0":
+        sweep.require_own_configuration(cfg)
     name_changed_presets(cfg)
     processes = launch.processes_here(cfg.trainer.devices)
-    if processes > 1:
-        if cfg.trainer.num_nodes > 1:
-            raise ValueError(
-                f"trainer.num_nodes: got {cfg.trainer.num_nodes}, accepted: 1, unless torchrun starts this command on "
-                "every node (scripts/README.md)"
-            )
-        job_logging: Any = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
-        launch.run("bisenet.experiment:train", OmegaConf.to_container(cfg, resolve=True), processes, job_logging)
-        return
-    from bisenet import experiment  # heavy: only once the configuration is composed
+    if processes > 1 and cfg.trainer.num_nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes: got {cfg.trainer.num_nodes}, accepted: 1, unless torchrun starts this command on "
+            "every node (scripts/README.md)"
+        )
+    try:
+        if processes > 1:
+            job_logging: Any = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
+            launch.run("bisenet.experiment:train", OmegaConf.to_container(cfg, resolve=True), processes, job_logging)
+        else:
+            from bisenet import experiment  # heavy: only once the configuration is composed
 
-    experiment.train(cfg)
+            experiment.train(cfg)
+    except (KeyboardInterrupt, SystemExit) as end:
+        how = "the same command" if sweep.is_job() else f"bisenet train resume={cfg.run_dir}"
+        log.warning("ended before it was finished; to continue: %s", how)
+        raise SystemExit(130 if isinstance(end, KeyboardInterrupt) else end.code) from None
 
 
 def resumed(cfg: DictConfig) -> DictConfig:
@@ -287,13 +338,10 @@ def resumed(cfg: DictConfig) -> DictConfig:
         override.key_or_group
         for override in OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
     ]
-    if refused := sorted({key for key in keys if key != "resume" and not key.startswith(sweep.PRACTICAL)}):
-        accepted = ", ".join(sweep.PRACTICAL)
-        raise ValueError(f"resume: {', '.join(refused)} may not change; accepted beside resume: {accepted}")
-    if Path(cfg.resume).resolve() != Path(cfg.run_dir).resolve():
-        raise ValueError(
-            f"hydra.run.dir: got {cfg.run_dir}, accepted: {cfg.resume}, where the run that is resumed lies"
-        )
+    if refused := sorted({key for key in keys if key != "resume" and not key.startswith(launch.PRACTICAL)}):
+        longer = f". {launch.LONGER}" if "trainer.max_steps" in refused else ""
+        accepted = ", ".join(launch.PRACTICAL)
+        raise ValueError(f"resume: {', '.join(refused)} may not change; accepted beside resume: {accepted}{longer}")
     stored = OmegaConf.load(Path(cfg.resume) / ".hydra" / "config.yaml")
     assert isinstance(stored, DictConfig)
     for key in keys:
@@ -390,4 +438,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from bisenet import cli  # which Hydra's callbacks come from, too
+
+    cli.main()

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from bisenet import checkpoint, report
-from bisenet.callbacks import BestCheckpoint, WeightAverage, log_scores
+from bisenet.callbacks import BestCheckpoint, EndOnSignal, WeightAverage, log_scores
 from bisenet.data import SegmentationDataModule
 from bisenet.inference import Segmenter
+from bisenet.launch import PRACTICAL, differences, read_results
 from bisenet.losses import enet_class_weights
 from bisenet.module import SegmentationModule
 from bisenet.optim import parameter_groups
@@ -115,19 +117,26 @@ def build_module(cfg: DictConfig, data: SegmentationDataModule, segmenter: Segme
     return SegmentationModule(segmenter, build(cfg, "loss"), optimizer, portable, config)
 
 
-def build_trainer(cfg: DictConfig, continued: bool) -> Trainer:
-    """Lightning's Trainer with its callbacks and loggers."""
-    callbacks = list(build(cfg, "callbacks").values())
+def build_trainer(cfg: DictConfig, continued: bool, *ours: Callback) -> Trainer:
+    """Lightning's Trainer with its callbacks and loggers, and callbacks that are no option."""
+    callbacks = [*ours, *build(cfg, "callbacks").values()]
     for node in cfg.logger.values():
         if "purge_step" in node and continued:  # TensorBoard
             node.purge_step = checkpoint.read(cfg.run_dir).step
     if not torch.cuda.is_available() and cfg.trainer.sync_batchnorm:
         log.info("trainer.sync_batchnorm: without effect, since torch has it for GPUs only")
         cfg.trainer.sync_batchnorm = False
-    passed = {"num_sanity_val_steps": 0} if continued else {}
+    passed: dict[str, Any] = {"num_sanity_val_steps": 0} if continued else {}
     bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
     loggers = list(build(cfg, "logger").values())
-    return build(cfg, "trainer", callbacks=callbacks, logger=loggers, enable_progress_bar=bar, **passed)
+    return build(
+        cfg, "trainer", callbacks=callbacks, logger=loggers, enable_progress_bar=bar, plugins=[cluster()], **passed
+    )
+
+
+def cluster() -> ClusterEnvironment:
+    """What says which process this is; never Slurm's variables, under which Lightning requeues a job by itself."""
+    return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else LightningEnvironment()
 
 
 def require_enough_images(cfg: DictConfig, network: nn.Module) -> None:
@@ -170,16 +179,16 @@ def train(config: dict[str, Any] | DictConfig) -> dict[str, Any]:
     cfg: Any = OmegaConf.create(config)  # a copy
     OmegaConf.resolve(cfg)
     run_dir = Path(cfg.run_dir)
-    if cfg.resume is not None and (run_dir / "results.json").exists():
+    if cfg.resume is not None and (results := read_results(run_dir)) is not None:
         log.info("%s is finished already", run_dir)
-        results = json.loads((run_dir / "results.json").read_text())
         report.show_results(results)
         return results
-    with ending_wandb():
-        return _train(cfg, run_dir)
+    ending = EndOnSignal()
+    with ending.listening(), ending_wandb():
+        return _train(cfg, run_dir, ending)
 
 
-def _train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any]:
     quiet()
     for key in ("seed", "init_seed", "data_seed"):
         if type(cfg[key]) is not int or not 0 <= cfg[key] < 2**32:
@@ -190,8 +199,13 @@ def _train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     data = build_data(cfg)
     segmenter = build_segmenter(cfg, data)
     module = build_module(cfg, data, segmenter)
-    trainer = build_trainer(cfg, continued)
+    if continued:
+        require_same_training(checkpoint.read(last), module)
+    trainer = build_trainer(cfg, continued, ending)
     require_enough_images(cfg, segmenter.network)
+    if trainer.is_global_zero and continued and (run_dir / "results.json").exists():
+        log.warning("%s/results.json is damaged: the last checkpoint is evaluated again", run_dir)
+        (run_dir / "results.json").unlink()
     if cfg.resume is not None and not continued and (run_dir / "provenance.json").exists():
         log.warning("%s has no checkpoint yet: the run begins again", run_dir)
     if trainer.is_global_zero and not continued:  # the others are given what it has: weights by DDP, buffers by module
@@ -212,12 +226,7 @@ def _train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     log.info("run directory: %s", run_dir)
     started = time.perf_counter()
     seed_everything((cfg.init_seed + trainer.global_rank) % 2**32, verbose=False)  # for dropout
-    try:
-        trainer.fit(module, data, ckpt_path=last if continued else cfg.ckpt_path, weights_only=True)
-    except (KeyboardInterrupt, SystemExit):
-        how = f"bisenet train resume={run_dir}" if cfg.sweep.name is None else "the same command"
-        log.warning("interrupted; to continue: %s", how)
-        raise
+    trainer.fit(module, data, ckpt_path=last if continued else cfg.ckpt_path, weights_only=True)
     results = {
         "name": cfg.name,
         "step": trainer.global_step,
@@ -232,6 +241,15 @@ def _train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         report.write_results(results, run_dir)
         log.info("figures: %s", run_dir / "figures")
     return results
+
+
+def require_same_training(last: checkpoint.Checkpoint, module: SegmentationModule) -> None:
+    """Raise a ValueError if a checkpoint was written under another configuration than that of a module."""
+    now = dict(module.hparams)
+    there, here = (json.dumps(str(config["run_dir"])).strip('"') for config in (last.hyper_parameters, now))
+    before = json.loads(json.dumps(last.hyper_parameters).replace(there, here))  # the directory may have been moved
+    if found := differences(before, now, [*PRACTICAL, "resume", "sweep"]):
+        raise ValueError(f"{last.path} was written under another configuration:\n{found}")
 
 
 @contextmanager
@@ -287,6 +305,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        plugins=[cluster()],
+        callbacks=[EndOnSignal()],
     )
     on_gpu = trainer.strategy.root_device.type == "cuda"
     segmenter.max_pixels_per_batch = cfg.max_pixels_per_batch

@@ -1,19 +1,116 @@
-"""Run a function in one process for each device of this machine, by torch's elastic launcher.
+"""What surrounds a run: one process in its directory, or one for each device of this machine, and how they end.
 
-Lightning's own relaunch would repeat a whole sweep in every child. The elastic launcher starts only the function,
-passes on the error of the process that failed first, and ends the others.
+Lightning's own relaunch would repeat a whole sweep in every child, and torch's elastic launcher names the process that
+was noticed first and not the one that was killed. Here only the function is started, in processes that find each other
+as those of torchrun do; the first failure ends all of them, and so does the end of this process.
 """
 
 import ctypes
 import importlib
+import json
 import logging.config
+import multiprocessing
 import os
 import signal
+import socket
 import sys
-from collections.abc import Mapping, Sequence
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, SoftFileLock, Timeout
+
 log = logging.getLogger(__name__)
+
+PRACTICAL = (
+    "data.root", "data.workers", "trainer.accelerator", "trainer.enable_progress_bar", "callbacks.progress", "logger",
+    "hydra", "run_dir",
+)  # fmt: skip
+"""Keys that may differ when a run is continued: they cannot change its result."""
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What batch systems send to a job that is to end; SIGUSR1 is Slurm's warning."""
+ENDED = 128 + signal.SIGTERM
+"""Exit code of a run that was told to end."""
+_PATIENCE = 10  # seconds that processes have to end by themselves when one of them has failed
+
+
+# ---------------------------------------------------------------- a run's directory
+
+
+class InUse(OSError):
+    """Another process works in a directory."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Work in a directory as its only process.
+
+    Raises:
+        InUse: another process does; the message names it and its host.
+    """
+    file = folder.resolve() / ".lock"
+    lock = FileLock(file, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        owner = file.read_text().strip().replace("\n", " on ")  # of a soft lock, number and host are two lines
+        raise InUse(f"{folder} is in use by process {owner}") from None
+    try:
+        if not isinstance(lock, SoftFileLock):  # which filelock turns it into where a file system knows no locks
+            file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # before the release: filelock takes no lock on a file without a name
+        lock.release()
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """What ``results.json`` of a run holds; None: there is none, or it is damaged, or of another version."""
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"split", "protocols"} <= found.keys() else None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Sequence[str]) -> str:
+    """What two configurations of one run say differently, a line for each key; empty: nothing.
+
+    Args:
+        before: plain values; what the run was begun with.
+        now: plain values; what it is to be continued with.
+        ignored: keys that may differ, with all below them.
+    """
+    there, here = dict(_leaves(before)), dict(_leaves(now))
+    keys = [
+        key for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key) and not any(f"{key}.".startswith(f"{node}.") for node in ignored)
+    ]  # fmt: skip
+    lines = [f"  {key}: {there.get(key, 'nothing')} there, {here.get(key, 'nothing')} now" for key in keys]
+    return "\n".join([*lines, LONGER] if "trainer.max_steps" in keys else lines)
+
+
+LONGER = (
+    "The learning rate follows trainer.max_steps: a longer training is a new run. There ckpt_path=<run>/checkpoints/"
+    "last.ckpt takes up weights, optimizer and step, finetune_from=<run> the weights alone."
+)
+"""What to do for a longer training."""
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Full key and value of everything in a plain container that holds nothing further."""
+    if not isinstance(node, Mapping):
+        yield path, node
+    else:
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+
+
+# ---------------------------------------------------------------- processes
 
 
 def processes_here(devices: Any) -> int:
@@ -33,8 +130,18 @@ def processes_here(devices: Any) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def run(function: str, argument: Any, processes: int, job_logging: Mapping[str, Any]) -> Any:
-    """Call a function in several processes, and return what the first one returned.
+def end_with(parent: int) -> None:
+    """End this process when its parent ends, however that ends: else it would train on, beside a resumption."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        if os.getppid() != parent:  # it ended before
+            os._exit(1)
+
+
+def run(function: str, argument: Any, processes: int, job_logging: Mapping[str, Any]) -> None:
+    """Call a function in several processes.
+
+    A signal of ``ENDING_SIGNALS`` is passed on to them; a second one, a second or more later, ends them at once.
 
     Args:
         function: as ``module:name``, imported in the processes only.
@@ -43,39 +150,86 @@ def run(function: str, argument: Any, processes: int, job_logging: Mapping[str, 
         job_logging: for ``logging.config.dictConfig`` in the first process, which speaks for all.
 
     Raises:
-        ChildProcessError: a process failed; the message is that of its error.
+        ChildProcessError: a process failed, or was killed; the message names it, and its error.
+        SystemExit: with the code ``ENDED`` after such a signal.
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed import TCPStore
 
-    for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.multiprocessing.errors"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # it would print the traceback that follows
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where the processes find each other
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        start_method="spawn", max_restarts=0, run_id=str(os.getpid()),
-    )  # fmt: skip
+    torchrun = {
+        "MASTER_ADDR": store.host, "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RUN_ID": os.getpid(), "TORCHELASTIC_RESTART_COUNT": 0, "GROUP_RANK": 0,
+        "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+    }  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    ranks, pipes = [], []
+    told: list[float] = []
+
+    def tell(number: int, _: Any) -> None:
+        if told and time.monotonic() < told[0] + 1:
+            return  # `timeout` sends its signal twice
+        for process in ranks:
+            if process.is_alive():
+                process.kill() if told else os.kill(process.pid or 0, number)
+        told.append(time.monotonic())
+
+    before = [(number, signal.signal(number, tell)) for number in ENDING_SIGNALS]
     try:
-        return elastic_launch(config, _call)(function, argument, dict(job_logging), sys.argv)[0]
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        content: Any = failure.error_file_data.get("message", {})
-        if not isinstance(content, dict):
-            reason = (
-                f"ended with code {failure.exitcode} and without an error, as one that is killed for want of memory"
-            )
-            raise ChildProcessError(f"process {rank} of {processes} {reason}") from None
-        message = content["message"]
-        if not message.startswith(("ValueError", "FileNotFoundError", "FloatingPointError")):
-            log.error("process %d failed:\n%s", rank, content["extraInfo"]["py_callstack"])
-        raise ChildProcessError(f"process {rank} of {processes}: {message}") from None
+        for rank in range(processes):
+            receiver, sender = context.Pipe(duplex=False)
+            environment = {name: str(value) for name, value in (torchrun | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            arguments = (sender, os.getpid(), environment, function, argument, dict(job_logging), sys.argv)
+            ranks.append(context.Process(target=_call, args=arguments))
+            pipes.append(receiver)
+            ranks[-1].start()
+        codes: list[int | None] = [None]
+        while None in codes and not any(codes):
+            connection.wait([process.sentinel for process in ranks if process.is_alive()])
+            codes = [process.exitcode for process in ranks]
+        patient_until = time.monotonic() + _PATIENCE
+        for process in ranks:
+            process.join(max(0, patient_until - time.monotonic()))
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+        for number, handler in before:
+            signal.signal(number, handler)
+    if ENDED in codes or (told and 1 not in codes):
+        raise SystemExit(ENDED)
+    if any(codes):
+        raise ChildProcessError(_failure(codes, pipes))
 
 
-def _call(function: str, argument: Any, job_logging: dict[str, Any], argv: list[str]) -> Any:
-    if sys.platform == "linux":  # end with the parent, however that ends: else it would train on, beside a resumption
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <linux/prctl.h>
+def _failure(codes: Sequence[int | None], pipes: Sequence[Any]) -> str:
+    """The process that failed first, and why: one that was killed, since its peers' errors only follow from that."""
+    for rank, code in enumerate(codes):
+        if code is not None and code < 0:
+            hint = ", as Linux does for want of memory" if -code == signal.SIGKILL else ""
+            return f"process {rank} of {len(codes)} was killed by {signal.Signals(-code).name}{hint}"
+    reports = [(*pipe.recv(), rank) for rank, pipe in enumerate(pipes) if pipe.poll()]
+    if not reports:
+        return f"processes ended with the codes {codes} and without an error"
+    _, message, trace, rank = min(reports)
+    if not message.startswith(("ValueError", "FileNotFoundError", "FloatingPointError")):
+        log.error("process %d failed:\n%s", rank, trace)
+    return f"process {rank} of {len(codes)}: {message}"
+
+
+def _call(
+    sender: Any, parent: int, environment: dict[str, str], function: str, argument: Any, job_logging: Any,
+    argv: list[str],
+) -> None:  # fmt: skip
+    end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends them
+    os.environ.update(environment)
     sys.argv = argv  # what the run was started with, for its provenance
-    if os.environ["RANK"] == "0":
+    if environment["RANK"] == "0":
         logging.config.dictConfig(job_logging)
     module, name = function.split(":")
-    return getattr(importlib.import_module(module), name)(argument)
+    try:
+        getattr(importlib.import_module(module), name)(argument)
+    except Exception as error:
+        sender.send((time.time(), f"{type(error).__name__}: {error}", traceback.format_exc()))
+        raise SystemExit(1) from None

@@ -14,11 +14,10 @@ command ends, however it ends: Hydra 1.3 forgets ``on_multirun_end`` when a job 
 
 import glob
 import itertools
-import json
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,16 +34,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from bisenet.launch import PRACTICAL, differences, read_results
+
 if TYPE_CHECKING:
     from bisenet.compare import Run  # with SciPy and Matplotlib, which jobs do not need
 
 log = logging.getLogger(__name__)
 
-PRACTICAL = (
-    "data.root", "data.workers", "trainer.accelerator", "trainer.enable_progress_bar", "callbacks.progress", "logger",
-    "hydra", "run_dir",
-)  # fmt: skip
-"""Keys that may differ when a run is continued: they cannot change its result."""
 _FILE = "sweep.yaml"
 _SEEDS = ("seed", "init_seed", "data_seed", "repeat")  # a job is always known by them, so that others can be added
 _LISTS = ("without", "protocol", "callbacks", "logger")  # option groups of which several are chosen at once
@@ -94,15 +90,21 @@ def job(cfg: DictConfig) -> DictConfig | None:
         ValueError: the folder holds a job that was begun with another configuration.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if cfg.resume is not None:
+    if cfg.resume not in (None, "auto"):
         raise ValueError(f"resume: got {cfg.resume!r} in a multirun, accepted: its own command, which resumes its jobs")
-    _require_same(folder, _load(folder / ".hydra" / "config.yaml"), cfg, _ignored(_swept(HydraConfig.get())))
-    if (folder / "results.json").exists():
+    require_own_configuration(cfg)
+    if read_results(folder) is not None:
         log.info("%s is finished already", folder.name)
         return None
     continued = cfg.copy()
     continued.resume = str(folder)
     return continued
+
+
+def require_own_configuration(cfg: DictConfig) -> None:
+    """Raise a ValueError if the directory of this command holds a run that was begun with another configuration."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    _require_same(folder, _load(folder / ".hydra" / "config.yaml"), cfg, _ignored(_swept(HydraConfig.get())))
 
 
 def job_dir(override_dirname: str) -> str:
@@ -217,26 +219,11 @@ def _ignored(swept: Collection[str]) -> list[str]:
 
 
 def _require_same(folder: Path, stored: Any, now: DictConfig, ignored: Sequence[str]) -> None:
-    before, after = dict(_leaves(_plain(stored))), dict(_leaves(_plain(now)))
-    differences = [
-        f"{key}: {before.get(key, 'nothing')} there, {after.get(key, 'nothing')} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _within(key, ignored)
-    ]
-    if differences:
+    if found := differences(_plain(stored), _plain(now), ignored):
         raise ValueError(
-            f"{folder} was begun with another configuration:\n  " + "\n  ".join(differences) +
-            "\nThe same command continues it; sweep.name=<another> begins a new sweep"
-        )  # fmt: skip
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Full key and value of everything in a plain container that holds nothing further."""
-    if not isinstance(node, dict):
-        yield path, node
-    else:
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            f"{folder} was begun with another configuration:\n{found}\n"
+            "The same command continues it; another sweep.name or hydra.run.dir begins anew"
+        )
 
 
 def _within(key: str, nodes: Sequence[str]) -> bool:
@@ -303,7 +290,7 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
             missing[name] = damaged.get(folder, "not begun")
         elif not (folder / "results.json").exists():
             missing[name] = "begun, not finished; see its train.log"
-        elif (results := _results(folder)) is None:
+        elif (results := read_results(folder)) is None:
             missing[name] = "its results.json is damaged, or of another version of bisenet"
         else:
             found = stored[folder]
@@ -311,14 +298,6 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
             ungrouped = {key: found.text(key) for key in varied if key not in keys}
             runs.append(Run(name, folder, group, found.seeds, results, ungrouped))
     return runs, missing
-
-
-def _results(folder: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and {"split", "protocols"} <= found.keys() else None
 
 
 class _Stored:

@@ -302,12 +302,3 @@ def test_resuming_takes_the_stored_configuration_and_names_what_may_not_change(t
     assert "ValueError: resume: trainer.max_steps may not change; accepted beside resume: data.root" in done.stderr
     done = bisenet("train", "resume=run", "hydra.run.dir=elsewhere", cwd=tmp_path)
     assert "where the run that is resumed lies" in done.stderr
-
-
-def test_runs_of_the_same_second_have_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folders = set()
-    for _ in range(3):
-        folders.add(folder := cli.new_run_dir(None, "x"))
-        Path(folder).mkdir(parents=True)
-    assert len(folders) == 3

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
 import bisenet
-from bisenet import checkpoint, experiment, report
+from bisenet import callbacks, checkpoint, experiment, launch, report
 from bisenet.classes import ClassTable
 from bisenet.inference import Protocol
 from bisenet.module import SegmentationModule
@@ -274,6 +276,49 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
     require_same_run(run, finished)
 
 
+@pytest.mark.parametrize(
+    ("at", "told"),
+    [
+        ("batch_start:4", "SIGUSR1"),
+        pytest.param("batch_start:1", "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("validation:3", "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("batch_end:5", "SIGUSR1", marks=pytest.mark.slow),  # the last step
+        pytest.param("test:6", "SIGTERM", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_told_to_end_loses_nothing_and_the_same_command_continues_it(
+    finished: Path, scenes: list[str], tmp_path: Path, at: str, told: str
+) -> None:
+    command = [*scenes, "+callbacks.kill={_target_: kill.Kill}", "data.workers=2"]
+    ended = train(tmp_path, "run", *command, KILL_AT=at, KILL_WITH=told)
+    assert ended.returncode == launch.ENDED, ended.stderr[-3000:]
+    assert "bisenet train resume=" in ended.stdout
+    run, (hook, step) = tmp_path / "run", at.split(":")
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert saved == int(step) + (hook == "batch_start")
+    assert not (run / "results.json").exists()
+    done = train(tmp_path, "run", *command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    require_same_run(run, finished)
+
+
+def test_a_second_signal_ends_at_once_and_the_first_one_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout` sends its signal to the process and to its group."""
+    now, codes = [0.0], []
+    monkeypatch.setattr(callbacks, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(os, "_exit", codes.append)
+    ending, trainer = callbacks.EndOnSignal(), Trainer(logger=False, enable_checkpointing=False)
+    with ending.listening():
+        ending.on_train_start(trainer, LightningModule())
+        for now[0] in (0.0, 0.1, 0.2):
+            signal.raise_signal(signal.SIGTERM)
+        assert codes == []
+        now[0] = 2.0
+        signal.raise_signal(signal.SIGUSR1)
+        assert codes == [launch.ENDED]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_at", ["batch_end:5", "test:6"])
 def test_a_killed_run_continues_with_everything_switched_on(
@@ -321,12 +366,13 @@ def test_nothing_that_exists_is_overwritten(finished: Path, scenes: list[str]) -
         return {p: p.read_bytes() for p in finished.rglob("*.*") if p.is_file() and p.suffix != ".log"}
 
     before = files()
-    done = train(finished.parent, "run", *scenes, "seed=1")
-    assert done.returncode != 0
-    assert done.stderr.startswith("ValueError: hydra.run.dir: got ")
-    assert "which holds a run already" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert files() == before
+    kill = "+callbacks.kill={_target_: kill.Kill}"
+    for override, reason in {"seed=1": "seed: 0 there, 1 now", "resume=null": "which holds a run already"}.items():
+        done = train(finished.parent, "run", *scenes, kill, override)
+        assert done.returncode == 1
+        assert reason in done.stderr
+        assert "Traceback" not in done.stderr
+        assert files() == before
     typo = script("train.py", "resume=rum", cwd=finished.parent)
     assert typo.returncode != 0
     assert typo.stderr.startswith("ValueError: resume: got 'rum'")
@@ -340,6 +386,86 @@ def test_a_directory_in_which_a_mistake_was_made_can_be_used_again(scenes: list[
     assert "Traceback" not in wrong.stderr
     assert train(tmp_path, "first", *scenes, "trainer.max_steps=3").returncode == 0
     assert results(tmp_path / "first")["step"] == 3
+
+
+@pytest.fixture
+def unevaluated(finished: Path, scenes: list[str], tmp_path: Path) -> tuple[Path, list[str]]:
+    """A copy of the run, moved, without its results, and the overrides that continue it."""
+    run = shutil.copytree(finished, tmp_path / "moved")
+    (run / "results.json").unlink()
+    shutil.copytree(scenes[0].partition("=")[2], tmp_path / "scenes")
+    return run, [*FAST, *scenes, "+callbacks.kill={_target_: kill.Kill}", f"data.root={tmp_path / 'scenes'}",
+                 f"run_dir={run}"]  # fmt: skip
+
+
+def test_a_checkpoint_of_another_configuration_is_not_continued(unevaluated: tuple[Path, list[str]]) -> None:
+    with pytest.raises(ValueError, match=r"data\.batch_size: 2 there, 4 now") as refused:
+        experiment.train(composed(*unevaluated[1], "data.batch_size=4", "seed=1", "trainer.max_steps=8"))
+    for line in (
+        "  seed: 0 there, 1 now",
+        "trainer.max_steps: 6 there, 8 now",
+        "ckpt_path=<run>/checkpoints/last.ckpt",
+    ):
+        assert line in str(refused.value)
+    assert "callbacks" not in str(refused.value)  # whose files have moved with the run
+
+
+def test_a_run_does_not_continue_on_other_data(unevaluated: tuple[Path, list[str]]) -> None:
+    run, overrides = unevaluated
+    with min(run.parent.rglob("train/*/*labelIds.png")).open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(ValueError, match=r"split 'train' of .* has changed: 4 samples.* there, 4 samples.* now"):
+        experiment.train(composed(*overrides))
+
+
+def test_a_run_whose_results_are_damaged_is_evaluated_again(
+    unevaluated: tuple[Path, list[str]], finished: Path
+) -> None:
+    run, overrides = unevaluated
+    (run / "results.json").write_text('{"split": ')
+    experiment.train(composed(*overrides))
+    require_same_run(run, finished)
+
+
+def test_a_longer_training_takes_up_a_checkpoint(unevaluated: tuple[Path, list[str]], tmp_path: Path) -> None:
+    run, overrides = unevaluated
+    longer = composed(*overrides, "trainer.max_steps=8", f"run_dir={tmp_path / 'longer'}",
+                      f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}")  # fmt: skip
+    assert experiment.train(longer)["step"] == 8
+    assert [row["step"] for row in rows(tmp_path / "longer") if row["train/loss"]] == ["6", "7"]
+
+
+def test_one_process_at_a_time_works_in_a_directory(finished: Path, scenes: list[str], tmp_path: Path) -> None:
+    owner = f"in use by process {os.getpid()} on {socket.gethostname()}"
+    with launch.alone_in(finished):
+        for command in (["train.py", f"resume={finished}"], ["train.py", f"hydra.run.dir={finished}"],
+                        ["evaluate.py", "checkpoint=x", f"hydra.run.dir={finished}"]):  # fmt: skip
+            refused = script(*command, cwd=tmp_path)
+            assert refused.returncode == 1
+            assert owner in refused.stderr
+            assert "Traceback" not in refused.stderr
+    job = tmp_path / "sweep" / "seed=1"
+    job.mkdir(parents=True)
+    with launch.alone_in(job):
+        left = script("train.py", "-m", *FAST, *scenes, "seed=1", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert left.returncode == 0, left.stderr[-3000:]
+    assert owner in left.stdout
+    assert not (job / "checkpoints").exists()
+
+
+def test_commands_of_the_same_second_have_their_own_directories(tmp_path: Path) -> None:
+    """The year stands for the second."""
+    command = [sys.executable, str(ROOT / "scripts" / "compare.py"), "values={a: [1, 2, 3]}",
+               "hydra.run.dir='out/${now:%Y}'"]  # fmt: skip
+    together = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [process.wait() for process in together] == [0, 0, 0]
+    assert len(list(tmp_path.glob("out/*/summary.json"))) == 3
+
+
+@pytest.mark.parametrize("asked", ["--help", "--cfg=job", "--cfg=all"])
+def test_who_asks_for_a_configuration_makes_no_directory(asked: str, tmp_path: Path) -> None:
+    assert script("evaluate.py", asked, "checkpoint=x", cwd=tmp_path).returncode == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_evaluation_does_not_invent_the_data(finished: Path) -> None:

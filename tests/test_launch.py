@@ -84,17 +84,21 @@ def test_jobs_of_a_sweep_may_use_several_processes(tmp_path: Path, scenes: list[
 
 @pytest.mark.slow
 def test_the_processes_end_with_the_job(tmp_path: Path, scenes: list[str]) -> None:
-    """Told to end, or killed: nothing trains on. Each as the README says it, for longer."""
-    for number, how in enumerate((signal.SIGTERM, signal.SIGKILL)):
+    """Told to end, interrupted, or killed: nothing trains on, and nobody complains."""
+    codes = {signal.SIGTERM: launch.ENDED, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
+    for number, how in enumerate(codes):
         run = tmp_path / f"run{number}"
         command = [sys.executable, str(ROOT / "scripts" / "train.py"), "debug=fast", "strategy=ddp",
                    "trainer.devices=2", "trainer.accelerator=cpu", *scenes, f"hydra.run.dir={run}",
                    "trainer.max_steps=1000"]  # fmt: skip
-        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as job:
             wait_until(lambda run=run: (run / "metrics.csv").exists(), "it trains")
             job.send_signal(how)
+            _, stderr = job.communicate()
         wait_until(lambda: not running(tmp_path), "all processes have ended")
-        assert job.returncode != 0
+        assert job.returncode == codes[how]
+        assert b"Traceback" not in stderr
+        assert (how == signal.SIGTERM) <= (run / "checkpoints" / "last.ckpt").exists()
 
 
 def wait_until(happened: Callable[[], bool], what: str) -> None:
@@ -137,9 +141,12 @@ def test_killed_processes_continue_as_if_nothing_had_happened(tmp_path: Path, sc
     settings = [*scenes, *TWO, "+callbacks.kill={_target_: kill.Kill}",
                 "+callbacks.weights={_target_: probe.SaveWeights}"]  # fmt: skip
     assert train(tmp_path, "finished", *settings).returncode == 0
-    killed = train(tmp_path, "killed", *settings, KILL_AT="batch_end:5")
+    killed = train(tmp_path, "killed", *settings, KILL_AT="batch_end:3", KILL_RANK="1")
     assert killed.returncode == 1
-    assert "as one that is killed" in killed.stderr
+    assert "process 1 of 2 was killed by SIGKILL" in killed.stderr
+    told = train(tmp_path, "killed", *settings, KILL_AT="batch_start:4", KILL_RANK="1", KILL_WITH="SIGTERM")
+    assert told.returncode == launch.ENDED
+    assert torch.load(tmp_path / "killed" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
     done = script("train.py", "resume=killed", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
@@ -164,6 +171,12 @@ def test_torchruns_of_several_nodes_train_one_run(tmp_path: Path, scenes: list[s
         _, stderr = node.communicate(timeout=300)
         assert node.returncode == 0, stderr[-3000:]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["step"] == 6
+
+
+def test_a_process_whose_parent_has_ended_ends() -> None:
+    program = "from bisenet import launch; launch.end_with(1 << 30); print('goes on')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 def test_the_number_of_processes_is_that_of_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:

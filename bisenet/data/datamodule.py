@@ -1,8 +1,10 @@
 """One LightningDataModule for every data set."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from bisenet.classes import ClassTable
 from bisenet.data import datasets
 from bisenet.data.datasets import Sample
+from bisenet.launch import ENDING_SIGNALS
 
 # What is read of a split before the first step: a few seconds at the size of Cityscapes, all labels of a small set.
 _READ_LABELS, _READ_SAMPLES = 400, 16
@@ -86,6 +89,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.mean, self.std, self.eval_window, self.eval_short_side = mean, std, eval_window, eval_short_side
         self.batch_size, self.workers, self.limit = batch_size, workers, limit
         self._samples: dict[str, list[Sample]] = {}
+        self._digests: dict[str, str] = {}
 
     def prepare_data(self) -> None:
         """Let a data set that makes its files itself make them, unless they are there."""
@@ -126,7 +130,23 @@ class SegmentationDataModule(L.LightningDataModule):
             for sample in _spread(samples, _READ_SAMPLES):
                 datasets.read_sample(sample, self.table)
             self._samples[split] = samples
+            self._digests[split] = _digest(samples, self.root)
         return self._samples[split]
+
+    def state_dict(self) -> dict[str, str]:
+        """Split -> its number of samples and a digest of their names and sizes, for a run that is continued."""
+        return dict(self._digests)
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Raise a ValueError if a split of a run that is continued is not what it was."""
+        trainer: Any = self.trainer
+        same_run = Path(trainer.ckpt_path).is_relative_to(trainer.default_root_dir)
+        for split, there in state_dict.items():
+            if same_run and (here := self._digests.get(split, there)) != there:
+                raise ValueError(
+                    f"data: split {split!r} of {self.root} has changed: {there} there, {here} now; accepted: the files "
+                    "that the run was begun with"
+                )
 
     def image_and_mask(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
         """One sample of a split: image, RGB uint8 (H, W, 3), and mask, uint8 (H, W), of train ids."""
@@ -189,6 +209,12 @@ class SegmentationDataModule(L.LightningDataModule):
         )
 
 
+def _digest(samples: Sequence[Sample], root: Path) -> str:
+    files = [file for sample in samples for file in (sample.image, sample.label)]
+    listed = [(str(f.relative_to(root) if f.is_relative_to(root) else f), f.stat().st_size) for f in files]
+    return f"{len(samples)} samples, names and sizes {sha256(repr(listed).encode()).hexdigest()[:16]}"
+
+
 def _spread(samples: Sequence[Sample], most: int) -> list[Sample]:
     """All samples, or so many of them, evenly."""
     indices = np.linspace(0, len(samples) - 1, min(len(samples), most)).round().astype(int)
@@ -197,3 +223,5 @@ def _spread(samples: Sequence[Sample], most: int) -> list[Sample]:
 
 def _init_worker(_: int) -> None:
     cv2.setNumThreads(0)  # torch sets its own to 1
+    for number in ENDING_SIGNALS:  # which may be sent to all processes: the step that is finished needs its workers
+        signal.signal(number, signal.SIG_IGN)

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
@@ -200,7 +200,9 @@ def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any
     segmenter = build_segmenter(cfg, data)
     module = build_module(cfg, data, segmenter)
     if continued:
-        require_same_training(checkpoint.read(last), module)
+        require_same_training(last, module)
+    elif cfg.ckpt_path is not None:  # which brings these along, whatever the configuration says
+        require_same_training(Path(cfg.ckpt_path), module, ["optimizer", "scheduler", "parameter_groups"])
     trainer = build_trainer(cfg, continued, ending)
     require_enough_images(cfg, segmenter.network)
     if trainer.is_global_zero and continued and (run_dir / "results.json").exists():
@@ -243,13 +245,15 @@ def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any
     return results
 
 
-def require_same_training(last: checkpoint.Checkpoint, module: SegmentationModule) -> None:
-    """Raise a ValueError if a checkpoint was written under another configuration than that of a module."""
-    now = dict(module.hparams)
-    there, here = (json.dumps(str(config["run_dir"])).strip('"') for config in (last.hyper_parameters, now))
-    before = json.loads(json.dumps(last.hyper_parameters).replace(there, here))  # the directory may have been moved
+def require_same_training(file: Path, module: SegmentationModule, nodes: Sequence[str] = ()) -> None:
+    """Raise a ValueError if a checkpoint's configuration, or some nodes of it, are not those of a module."""
+    written, now = checkpoint.read(file).hyper_parameters, dict(module.hparams)
+    there, here = (json.dumps(str(config.get("run_dir"))).strip('"') for config in (written, now))
+    before = json.loads(json.dumps(written).replace(there, here))  # the directory may have been moved
+    if nodes:
+        before, now = ({node: config.get(node) for node in nodes} for config in (before, now))
     if found := differences(before, now, [*PRACTICAL, "resume", "sweep"]):
-        raise ValueError(f"{last.path} was written under another configuration:\n{found}")
+        raise ValueError(f"{file} was written under another configuration:\n{found}")
 
 
 @contextmanager

@@ -91,12 +91,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Sequ
         if there.get(key) != here.get(key) and not any(f"{key}.".startswith(f"{node}.") for node in ignored)
     ]  # fmt: skip
     lines = [f"  {key}: {there.get(key, 'nothing')} there, {here.get(key, 'nothing')} now" for key in keys]
-    return "\n".join([*lines, LONGER] if "trainer.max_steps" in keys else lines)
+    return "\n".join([*lines, LONGER] if {"trainer.max_steps", "scheduler.total_steps"} & {*keys} else lines)
 
 
 LONGER = (
-    "The learning rate follows trainer.max_steps: a longer training is a new run. There ckpt_path=<run>/checkpoints/"
-    "last.ckpt takes up weights, optimizer and step, finetune_from=<run> the weights alone."
+    "The learning rate has run out at trainer.max_steps: a longer training is a new run, from the start, or with "
+    "finetune_from=<run> from the weights of this one."
 )
 """What to do for a longer training."""
 

@@ -401,11 +401,7 @@ def unevaluated(finished: Path, scenes: list[str], tmp_path: Path) -> tuple[Path
 def test_a_checkpoint_of_another_configuration_is_not_continued(unevaluated: tuple[Path, list[str]]) -> None:
     with pytest.raises(ValueError, match=r"data\.batch_size: 2 there, 4 now") as refused:
         experiment.train(composed(*unevaluated[1], "data.batch_size=4", "seed=1", "trainer.max_steps=8"))
-    for line in (
-        "  seed: 0 there, 1 now",
-        "trainer.max_steps: 6 there, 8 now",
-        "ckpt_path=<run>/checkpoints/last.ckpt",
-    ):
+    for line in ("  seed: 0 there, 1 now", "trainer.max_steps: 6 there, 8 now", "finetune_from=<run>"):
         assert line in str(refused.value)
     assert "callbacks" not in str(refused.value)  # whose files have moved with the run
 
@@ -427,12 +423,24 @@ def test_a_run_whose_results_are_damaged_is_evaluated_again(
     require_same_run(run, finished)
 
 
-def test_a_longer_training_takes_up_a_checkpoint(unevaluated: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_a_longer_training_is_no_continuation_but_a_run_from_these_weights(
+    unevaluated: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """A checkpoint brings its schedule along, in which the learning rate has run out."""
     run, overrides = unevaluated
-    longer = composed(*overrides, "trainer.max_steps=8", f"run_dir={tmp_path / 'longer'}",
-                      f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}")  # fmt: skip
-    assert experiment.train(longer)["step"] == 8
-    assert [row["step"] for row in rows(tmp_path / "longer") if row["train/loss"]] == ["6", "7"]
+    longer = [*overrides, "trainer.max_steps=8", f"run_dir={tmp_path / 'longer'}"]
+    with pytest.raises(ValueError, match=r"scheduler\.total_steps: 6 there, 8 now[^$]*finetune_from=<run>"):
+        experiment.train(composed(*longer, f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}"))
+    assert experiment.train(composed(*longer, f"finetune_from={run}"))["step"] == 8
+
+
+def test_a_new_run_takes_up_the_training_of_another(unevaluated: tuple[Path, list[str]], tmp_path: Path) -> None:
+    run, overrides = unevaluated
+    last = run / "checkpoints" / "last.ckpt"
+    with min(run.parent.rglob("train/*/*labelIds.png")).open("ab") as file:
+        file.write(b" ")  # it may have other data, and selects a best of its own
+    cfg = composed(*overrides, f"ckpt_path={last}", f"run_dir={tmp_path / 'new'}")
+    assert experiment.train(cfg)["protocols"].keys() == {"ss", "half"}
 
 
 def test_one_process_at_a_time_works_in_a_directory(finished: Path, scenes: list[str], tmp_path: Path) -> None:

@@ -258,17 +258,12 @@ class WeightAverage(Callback):
         if not 0 < decay < 1:
             raise ValueError(f"decay: got {decay}, accepted: a number in (0, 1)")
         self.decay = decay
-        self._average: AveragedModel | None = None
-
-    @property
-    def _averaged(self) -> AveragedModel:
-        assert self._average is not None, "setup comes first"
-        return self._average
+        self._average: AveragedModel
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """State dict of the averaged network."""
-        return self._averaged.module.state_dict()
+        return self._average.module.state_dict()
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Make a place for the average, before a checkpoint fills it."""
@@ -278,20 +273,20 @@ class WeightAverage(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The average lives where the network does."""
-        self._averaged.to(pl_module.device)
+        self._average.to(pl_module.device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update after a step of the optimizer."""
         if ends_step(trainer, batch_idx):
-            self._averaged.update_parameters(pl_module.segmenter.network)
+            self._average.update_parameters(pl_module.segmenter.network)
 
     def state_dict(self) -> dict[str, Any]:
         """The average and the number of its updates."""
-        return self._averaged.state_dict()
+        return self._average.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from there."""
-        self._averaged.load_state_dict(state_dict)
+        self._average.load_state_dict(state_dict)
 
 
 class PredictionPanel(Callback):
@@ -319,25 +314,20 @@ class PredictionPanel(Callback):
         classes, step = pl_module.segmenter.classes, trainer.global_step
         for name, (scores, _) in pl_module.evaluation.items():
             log_scores(loggers, f"val/{name}", scores.to_dict(classes.names, classes.categories), step)
-        for number, (image, truth) in enumerate(data.examples(data.val_split, self.images)):
-            arrays = self._thinned(image, truth, pl_module.segmenter.predict(image))
-            for logger in loggers:
-                self._show(logger, f"val/predictions/{number}", arrays, classes, step)
-
-    def _thinned(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        thin = -(-arrays[0].shape[1] // self._WIDEST)
-        return [np.ascontiguousarray(array[::thin, ::thin]) for array in arrays]
-
-    def _show(self, logger: Logger, name: str, arrays: list[np.ndarray], classes: Any, step: int) -> None:
-        image, truth, mask = arrays
-        if isinstance(logger, WandbLogger):
-            labels = {**dict(enumerate(classes.names)), classes.ignore_index: "ignored"}
+        labels = {**dict(enumerate(classes.names)), classes.ignore_index: "ignored"}
+        for number, sample in enumerate(data.examples(data.val_split, self.images)):
+            thin = -(-sample[0].shape[1] // self._WIDEST)
+            arrays = (*sample, pl_module.segmenter.predict(sample[0]))
+            image, truth, mask = (np.ascontiguousarray(array[::thin, ::thin]) for array in arrays)
             kinds = {"prediction": mask, "truth": truth}
-            masks = {kind: {"mask_data": array, "class_labels": labels} for kind, array in kinds.items()}
-            logger.log_image(name, [image], step, masks=[masks])
-        elif isinstance(logger, TensorBoardLogger):
-            beside = [overlay(image, array, classes.palette, alpha=0.7) for array in (truth, mask)]
-            logger.experiment.add_image(name, np.hstack([image, *beside]), step, dataformats="HWC")
+            masks = {kind: {"mask_data": of, "class_labels": labels} for kind, of in kinds.items()}
+            beside = [overlay(image, of, classes.palette, alpha=0.7) for of in (truth, mask)]
+            name = f"val/predictions/{number}"
+            for logger in loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image(name, [image], step, masks=[masks])
+                else:
+                    logger.experiment.add_image(name, np.hstack([image, *beside]), step, dataformats="HWC")
 
 
 def log_scores(loggers: Sequence[Logger], prefix: str, scores: Mapping[str, Any], step: int) -> None:
@@ -349,11 +339,11 @@ def log_scores(loggers: Sequence[Logger], prefix: str, scores: Mapping[str, Any]
         scores: ``SegmentationScores.to_dict()``.
         step: optimisation steps done.
     """
-    columns = ["class", "iou", "precision", "recall", "f1", "pixels"]
-    rows = [[name, *(entry[key] for key in columns[1:])] for name, entry in scores["classes"].items()]
+    columns = ["iou", "precision", "recall", "f1", "pixels"]
+    rows = [[name, *(entry[key] for key in columns)] for name, entry in scores["classes"].items()]
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_table(f"{prefix}/classes", columns, rows, step=step)
+            logger.log_table(f"{prefix}/classes", ["class", *columns], rows, step=step)
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(f"{prefix}/classes", markdown_table({prefix: scores}), step)
 

@@ -205,8 +205,7 @@ def test_the_whole_configuration_and_the_commit_are_there(recorded: Recorded, ev
 
 
 def test_scalars_are_those_of_the_csv_file(recorded: Recorded, everything: Path) -> None:
-    with (everything / "metrics.csv").open() as stream:
-        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(stream)]
+    rows = [{k: float(v) for k, v in row.items() if v} for row in csv_rows(everything / "metrics.csv")]
     names = ("train/loss", "lr/decay", "lr/output_no_decay", "train/kept/head", "train/kept/aux5_4", "time/data",
              "val/ss/miou")  # fmt: skip
     for name in names:
@@ -258,11 +257,8 @@ def test_a_job_that_fails_ends_its_run_as_failed(shapes: str, tmp_path: Path) ->
 
 
 def test_the_environment_may_switch_wandb_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    for mode in ("disabled", "offline"):
-        monkeypatch.setenv("WANDB_MODE", mode)
-        assert composed("logger=wandb").logger.wandb.mode == mode
-    monkeypatch.delenv("WANDB_MODE")
-    assert composed("logger=wandb").logger.wandb.mode == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # which WandbLogger by itself passes over
+    assert composed("logger=wandb").logger.wandb.mode == "disabled"
 
 
 # ---------------------------------------------------------------- TensorBoard
@@ -349,22 +345,9 @@ def test_accumulated_batches_are_the_step_of_one_large_batch(shapes: str, tmp_pa
             f"trainer.accumulate_grad_batches={parts}", "trainer.max_steps=3",
             "trainer.val_check_interval=2")  # fmt: skip
         weights.append(checkpoint.read(folder).weights["head.weight"])
-        with (folder / "metrics.csv").open() as stream:
-            logged.append([(row["step"], bool(row["train/loss"])) for row in csv.DictReader(stream)])
+        logged.append([(row["step"], bool(row["train/loss"])) for row in csv_rows(folder / "metrics.csv")])
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)  # no pixel is ignored in these scenes
     assert logged[0] == logged[1]
-
-
-def test_gradient_clipping_bounds_a_step(shapes: str, tmp_path: Path) -> None:
-    overrides = [shapes, *PLAIN, "scheduler=constant", "optimizer.lr=1.0",
-                 "optimizer.momentum=0", "optimizer.weight_decay=0", "trainer.max_steps=2",
-                 "trainer.gradient_clip_val=1e-3"]  # fmt: skip
-    run(tmp_path, *overrides)
-    cfg = composed_small(*overrides)
-    start = experiment.build_segmenter(cfg, experiment.build_data(cfg))
-    start = start.network.state_dict()
-    moved = [(value - start[name]).norm() for name, value in checkpoint.read(tmp_path).weights.items()]
-    assert 1e-4 < torch.stack(moved).norm() <= 2 * 1e-3 * 1.01
 
 
 def test_class_weights_of_the_training_split_travel_with_the_checkpoint(everything: Path) -> None:
@@ -420,8 +403,7 @@ def test_every_variant_learns_two_images_by_heart(variant: str, shapes: str, tmp
                    f"run_dir={tmp_path}")  # fmt: skip
     assert experiment.train(cfg)["protocols"]["ss"]["miou"] > 0.95
     main = f"train/loss/{bisenet.load(tmp_path).network.head_names[0]}"  # type: ignore[index]
-    with (tmp_path / "metrics.csv").open() as stream:
-        losses = [float(row[main]) for row in csv.DictReader(stream) if row[main]]
+    losses = [float(row[main]) for row in csv_rows(tmp_path / "metrics.csv") if row[main]]
     assert losses[-1] < 0.05
 
 

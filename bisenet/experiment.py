@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from bisenet import checkpoint, report
-from bisenet.callbacks import BestCheckpoint, LastCheckpoint, WeightAverage, log_scores
+from bisenet.callbacks import BestCheckpoint, CheckpointFiles, LastCheckpoint, WeightAverage, log_scores
 from bisenet.data import SegmentationDataModule
 from bisenet.inference import Segmenter
 from bisenet.losses import enet_class_weights
@@ -119,18 +119,18 @@ def _describe_group(group: dict[str, Any]) -> str:
     return f"  {group['name']:16}{tensors:4} tensors {size:12,} parameters, lr {group['lr']:g}, weight decay {decay:g}"
 
 
-def build_trainer(cfg: DictConfig, continued: bool) -> Trainer:
-    """Lightning's Trainer with its callbacks and loggers."""
+def build_trainer(cfg: DictConfig, last: Path | None) -> Trainer:
+    """Lightning's Trainer with its callbacks and loggers; a checkpoint is what the run continues from."""
     callbacks = list(build(cfg, "callbacks").values())
     if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
         log.warning("callbacks: without `last` the run cannot be resumed; callbacks=[default,...] keeps it")
     for node in cfg.logger.values():
-        if "purge_step" in node and continued:  # TensorBoard
-            node.purge_step = checkpoint.read(cfg.run_dir).step
+        if "purge_step" in node and last:  # TensorBoard
+            node.purge_step = checkpoint.read(last).step
     if not torch.cuda.is_available() and cfg.trainer.sync_batchnorm:
         log.info("trainer.sync_batchnorm: without effect, since torch has it for GPUs only")
         cfg.trainer.sync_batchnorm = False
-    passed = {"num_sanity_val_steps": 0} if continued else {}
+    passed: dict[str, Any] = {"plugins": [CheckpointFiles()]} | ({"num_sanity_val_steps": 0} if last else {})
     bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
     loggers = list(build(cfg, "logger").values())
     return build(cfg, "trainer", callbacks=callbacks, logger=loggers, enable_progress_bar=bar, **passed)
@@ -192,16 +192,15 @@ def _train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         if type(cfg[key]) is not int or not 0 <= cfg[key] < 2**32:
             raise ValueError(f"{key}: got {cfg[key]}, accepted: an integer in [0, 2**32)")
     run_dir.mkdir(parents=True, exist_ok=True)
-    last = run_dir / "checkpoints" / "last.ckpt"
-    continued = cfg.resume is not None and last.exists()
+    last = checkpoint.newest(run_dir) if cfg.resume is not None else None
     data = build_data(cfg)
     segmenter = build_segmenter(cfg, data)
     module = build_module(cfg, data, segmenter)
-    trainer = build_trainer(cfg, continued)
+    trainer = build_trainer(cfg, last)
     require_enough_images(cfg, segmenter.network)
-    if cfg.resume is not None and not continued and (run_dir / "provenance.json").exists():
+    if cfg.resume is not None and last is None and (run_dir / "provenance.json").exists():
         log.warning("%s has no checkpoint yet: the run begins again", run_dir)
-    if trainer.is_global_zero and not continued:  # the others are given what it has: weights by DDP, buffers by module
+    if trainer.is_global_zero and last is None:  # the others are given what it has: weights by DDP, buffers by module
         load_weights(cfg, segmenter.network)
         data.prepare_data()
         data.setup()
@@ -218,7 +217,7 @@ def _train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     seed_everything((cfg.init_seed + trainer.global_rank) % 2**32, verbose=False)  # for dropout
     try:
-        trainer.fit(module, data, ckpt_path=last if continued else cfg.ckpt_path, weights_only=True)
+        trainer.fit(module, data, ckpt_path=last or cfg.ckpt_path, weights_only=True)
     except (KeyboardInterrupt, SystemExit):
         how = f"bisenet train resume={run_dir}" if cfg.sweep.name is None else "the same command"
         log.warning("interrupted; to continue: %s", how)
@@ -229,7 +228,7 @@ def _train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         "train_seconds": round(time.perf_counter() - started, 1),  # since the last start of a run that was resumed
     }
     results |= score(trainer, module, data, data.report_split, run_dir)
-    results |= score_other_weights(trainer, module, data, results, last.with_name("ema.ckpt"))
+    results |= score_other_weights(trainer, module, data, results, run_dir / "checkpoints" / "ema.ckpt")
     if trainer.is_global_zero:
         for stage in ("last", "best_on_val", "ema"):
             for name, scores in (results if stage == "last" else results.get(stage, {})).get("protocols", {}).items():

@@ -1,11 +1,13 @@
 """Around the training loop: clock, progress bar, checkpoints that resume exactly, averaged weights, loggers."""
 
 import csv
+import io
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,12 +18,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bisenet.files import remove_drafts, replacing
 from bisenet.launch import ENDED, ENDING_SIGNALS
-from bisenet.report import markdown_table, overlay
+from bisenet.report import markdown_table, overlay, write_json
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +141,111 @@ class ProgressBar(RichProgressBar):
         return self._shown
 
 
+class NonFinite(Callback):
+    """Ends a training whose loss, weights or running statistics are infinite or not a number.
+
+    The loss is looked at on the device after every step and read one step later, so that nothing waits for it. Where
+    fp16 gradients are scaled, such steps are skipped, and 20 in a row end the training. No checkpoint takes up a value
+    that is not finite. The step's images, and what their augmentation drew from, are written to a file.
+
+    Args:
+        path: the file, JSON.
+        until: end the training after so many steps, as ``debug=replay`` does after the one in question; None: as usual.
+    """
+
+    def __init__(self, path: str | Path, until: int | None = None) -> None:
+        self.path = Path(path)
+        self.until = until
+        self._in_row: torch.Tensor | int = 0
+        self._read: Callable[[], int] = lambda: 0
+        self._step = 0  # of what will be read
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at this loss, and read what was seen of the one before."""
+        wrong = (~torch.isfinite(outputs["loss"])).int()
+        if distributed.is_initialized():
+            distributed.all_reduce(wrong, distributed.ReduceOp.MAX)  # all processes end, or none
+        self._in_row = (self._in_row + 1) * wrong
+        self._check_loss(trainer, pl_module)
+        self._read = _read_later(self._in_row)
+        self._step = trainer.global_step + (not ends_step(trainer, batch_idx))
+        if trainer.global_step == self.until:
+            trainer.should_stop = True
+
+    def _check_loss(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        skipping = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if self._read() >= (20 if skipping else 1):
+            self._end(trainer, self._step, "the loss is infinite or not a number")
+
+    on_validation_start = on_train_end = _check_loss
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what is not finite out of every checkpoint."""
+        wrong = [name for name, tensor in checkpoint["state_dict"].items() if not torch.isfinite(tensor).all()]
+        if trainer.strategy.reduce_boolean_decision(bool(wrong), all=False):
+            named = f"{wrong[0]} and {len(wrong) - 1} more tensors" if wrong else "tensors of another process"
+            self._end(trainer, trainer.global_step, f"{named} hold infinities or NaN")
+
+    def _end(self, trainer: Trainer, step: int, what: str) -> None:
+        if trainer.is_global_zero:
+            write_json(self.path, {"reason": what, "step": step, "samples": _drawn(trainer, step)}, replace=True)
+        trainer.strategy.barrier()  # else the first process to end would take this one with it
+        last = self.path.parent / "checkpoints" / "last.ckpt"
+        again = f"debug=replay callbacks.nonfinite.until={step}" + f" ckpt_path={last}" * last.exists()
+        raise FloatingPointError(
+            f"{what} at step {step}: lower optimizer.lr, lengthen scheduler.warmup_steps, or use precision=fp32; the "
+            f"images are named in {self.path}; to find the operation, the same command with {again}"
+        )
+
+
+def _read_later(number: torch.Tensor) -> Callable[[], int]:
+    """A function that gives a number as it is on the device now, and waits for nothing that is launched after now."""
+    copied = number.to("cpu", non_blocking=number.is_cuda)
+    if not number.is_cuda:
+        return lambda: int(copied)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> int:
+        done.synchronize()
+        return int(copied)
+
+    return read
+
+
+def _drawn(trainer: Trainer, step: int) -> list[dict[str, Any]]:
+    """What all processes trained on in a step, counted from 1."""
+    loader: Any = trainer.train_dataloader
+    batches, parts, found = copy(loader.batch_sampler), trainer.accumulate_grad_batches, []
+    for batches.start in range((step - 1) * parts, step * parts):
+        for batches.rank in range(trainer.world_size):
+            for draw, index in next(iter(batches)):
+                sample, batch = loader.dataset.samples[index], loader.dataset[draw, index]
+                image, ids = batch["image"], batch["mask"].unique().tolist()
+                found.append({"rank": batches.rank, "image": str(sample.image), "label": str(sample.label),
+                              "seed": [loader.dataset.seed, draw], "range": [int(image.min()), int(image.max())],
+                              "train_ids": ids})  # fmt: skip
+    return found
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there; the ``last.ckpt`` before stays as ``previous.ckpt``.
+
+    Departs from Lightning, which writes to ``$TMPDIR``: on another file system the move is a copy, which a kill or a
+    full disk leaves unfinished, and what may not be written is passed over.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint; an ``OSError`` names the file."""
+        path, content = Path(path), io.BytesIO()
+        torch.save(checkpoint, content)
+        keep = path.name == "last.ckpt" and path.exists()
+        with replacing(path, path.with_name("previous.ckpt") if keep else None) as stream:
+            stream.write(content.getbuffer())
+
+
 class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` so that a run killed at any moment continues as if nothing had happened.
 
@@ -179,6 +288,14 @@ class LastCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A training that was stopped early and killed in its evaluation does not go on: Lightning forgets the stop."""
         trainer.should_stop = self._stopped
+        previous = self.path.with_name("previous.ckpt")
+        trainer.strategy.barrier()  # all have read the checkpoint
+        if trainer.is_global_zero:
+            remove_drafts(self.path.parent)
+            if (
+                trainer.ckpt_path == previous
+            ):  # since last.ckpt is damaged or, after a kill between two renames, not there
+                os.replace(previous, self.path)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore the generators once."""
@@ -197,7 +314,9 @@ class LastCheckpoint(Checkpoint):
         self._within_step = not ends_step(trainer, batch_idx)  # of accumulated gradients, which no checkpoint holds
         due = self.save_now or trainer.global_step % self.every_n_steps == 0
         if due and not validation_follows and not self._within_step:
-            self._save(trainer)
+            # Lightning logs a step after the last of its hooks, and a row that is saved twice is written once.
+            logged = trainer._logger_connector.metrics["log"] if is_logged(trainer) else {}
+            self._save(trainer, {key: value.item() for key, value in logged.items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save with the score of this validation in the state of the other callbacks."""
@@ -208,18 +327,16 @@ class LastCheckpoint(Checkpoint):
         """The last weights are the result."""
         self._save(trainer)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, row: Mapping[str, float] | None = None) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        assert trainer.model is not None
-        if broken := [name for name, p in trainer.model.named_parameters() if not torch.isfinite(p).all()]:
-            raise FloatingPointError(
-                f"after step {trainer.global_step} {broken[0]} and {len(broken) - 1} more parameters are not finite: "
-                f"lower optimizer.lr or lengthen scheduler.warmup_steps; {self.path} stays as it was"
-            )
         self._stopped = trainer.should_stop
-        for logger in trainer.loggers:
-            logger.save()  # the history on disk is never behind the weights
+        for logger in trainer.loggers:  # what is on disk is never behind the weights
+            if isinstance(logger, MetricsFile):
+                if row:
+                    logger.log_metrics(row, trainer.global_step - 1)
+                logger.flush()
+            logger.save()
         trainer.save_checkpoint(self.path)
 
 
@@ -336,17 +453,12 @@ class WeightAverage(Callback):
         if not 0 < decay < 1:
             raise ValueError(f"decay: got {decay}, accepted: a number in (0, 1)")
         self.decay = decay
-        self._average: AveragedModel | None = None
-
-    @property
-    def _averaged(self) -> AveragedModel:
-        assert self._average is not None, "setup comes first"
-        return self._average
+        self._average: AveragedModel
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """State dict of the averaged network."""
-        return self._averaged.module.state_dict()
+        return self._average.module.state_dict()
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Make a place for the average, before a checkpoint fills it."""
@@ -356,20 +468,20 @@ class WeightAverage(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The average lives where the network does."""
-        self._averaged.to(pl_module.device)
+        self._average.to(pl_module.device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update after a step of the optimizer."""
         if ends_step(trainer, batch_idx):
-            self._averaged.update_parameters(pl_module.segmenter.network)
+            self._average.update_parameters(pl_module.segmenter.network)
 
     def state_dict(self) -> dict[str, Any]:
         """The average and the number of its updates."""
-        return self._averaged.state_dict()
+        return self._average.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from there."""
-        self._averaged.load_state_dict(state_dict)
+        self._average.load_state_dict(state_dict)
 
 
 class PredictionPanel(Callback):
@@ -397,25 +509,20 @@ class PredictionPanel(Callback):
         classes, step = pl_module.segmenter.classes, trainer.global_step
         for name, (scores, _) in pl_module.evaluation.items():
             log_scores(loggers, f"val/{name}", scores.to_dict(classes.names, classes.categories), step)
-        for number, (image, truth) in enumerate(data.examples(data.val_split, self.images)):
-            arrays = self._thinned(image, truth, pl_module.segmenter.predict(image))
-            for logger in loggers:
-                self._show(logger, f"val/predictions/{number}", arrays, classes, step)
-
-    def _thinned(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        thin = -(-arrays[0].shape[1] // self._WIDEST)
-        return [np.ascontiguousarray(array[::thin, ::thin]) for array in arrays]
-
-    def _show(self, logger: Logger, name: str, arrays: list[np.ndarray], classes: Any, step: int) -> None:
-        image, truth, mask = arrays
-        if isinstance(logger, WandbLogger):
-            labels = {**dict(enumerate(classes.names)), classes.ignore_index: "ignored"}
+        labels = {**dict(enumerate(classes.names)), classes.ignore_index: "ignored"}
+        for number, sample in enumerate(data.examples(data.val_split, self.images)):
+            thin = -(-sample[0].shape[1] // self._WIDEST)
+            arrays = (*sample, pl_module.segmenter.predict(sample[0]))
+            image, truth, mask = (np.ascontiguousarray(array[::thin, ::thin]) for array in arrays)
             kinds = {"prediction": mask, "truth": truth}
-            masks = {kind: {"mask_data": array, "class_labels": labels} for kind, array in kinds.items()}
-            logger.log_image(name, [image], step, masks=[masks])
-        elif isinstance(logger, TensorBoardLogger):
-            beside = [overlay(image, array, classes.palette, alpha=0.7) for array in (truth, mask)]
-            logger.experiment.add_image(name, np.hstack([image, *beside]), step, dataformats="HWC")
+            masks = {kind: {"mask_data": of, "class_labels": labels} for kind, of in kinds.items()}
+            beside = [overlay(image, of, classes.palette, alpha=0.7) for of in (truth, mask)]
+            name = f"val/predictions/{number}"
+            for logger in loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image(name, [image], step, masks=[masks])
+                else:
+                    logger.experiment.add_image(name, np.hstack([image, *beside]), step, dataformats="HWC")
 
 
 def log_scores(loggers: Sequence[Logger], prefix: str, scores: Mapping[str, Any], step: int) -> None:
@@ -427,11 +534,11 @@ def log_scores(loggers: Sequence[Logger], prefix: str, scores: Mapping[str, Any]
         scores: ``SegmentationScores.to_dict()``.
         step: optimisation steps done.
     """
-    columns = ["class", "iou", "precision", "recall", "f1", "pixels"]
-    rows = [[name, *(entry[key] for key in columns[1:])] for name, entry in scores["classes"].items()]
+    columns = ["iou", "precision", "recall", "f1", "pixels"]
+    rows = [[name, *(entry[key] for key in columns)] for name, entry in scores["classes"].items()]
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_table(f"{prefix}/classes", columns, rows, step=step)
+            logger.log_table(f"{prefix}/classes", ["class", *columns], rows, step=step)
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(f"{prefix}/classes", markdown_table({prefix: scores}), step)
 
@@ -439,11 +546,11 @@ def log_scores(loggers: Sequence[Logger], prefix: str, scores: Mapping[str, Any]
 class MetricsFile(Logger):
     """Writes ``metrics.csv``: one row for each step at which anything was logged, in the order of the steps.
 
-    Lightning's CSVLogger deletes the file of a run that is resumed. This one keeps it up to the first step that is
-    logged again: what came after the checkpoint was lost with the weights.
+    A row is appended once its step is over or saved. For a new column, and where a run is resumed, the file is written
+    anew and replaced: its rows before the first step that is logged again stay. Lightning's CSVLogger deletes the file.
 
     Args:
-        path: the file. Rows are appended; for a new column it is rewritten and replaced atomically.
+        path: the file.
     """
 
     name = version = ""  # type: ignore[assignment]  # Lightning asks
@@ -451,9 +558,9 @@ class MetricsFile(Logger):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
-        self._rows: dict[int, dict[str, Any]] | None = None
-        self._columns: list[str] = []
-        self._end = 0, 0  # where the last row in the file begins, and its step
+        self._columns: list[str] = []  # of the file, once it has been written
+        self._row: dict[str, Any] = {}
+        self._written: dict[str, Any] = {}
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -462,44 +569,39 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add numbers to the row of a step."""
-        assert step is not None
-        if self._rows is None:
-            self._rows = {number: row for number, row in self._read().items() if number < step}
-        row = self._rows.setdefault(step, {"step": step})
-        row.update({key: value for key, value in metrics.items() if key != "epoch"})  # a training is counted in steps
-
-    def _read(self) -> dict[int, dict[str, Any]]:
-        if not self.path.exists():
-            return {}
-        with self.path.open(newline="") as stream:
-            rows = [{key: value for key, value in row.items() if key and value} for row in csv.DictReader(stream)]
-        return {int(row["step"]): row for row in rows if row.get("step", "").isdecimal()}  # the last may be cut off
+        if step != self._row.get("step"):
+            self.flush()
+            self._row = {"step": step}
+        self._row.update({key: value for key, value in metrics.items() if key != "epoch"})  # we count in steps
 
     @rank_zero_only
-    def save(self) -> None:
-        """Bring the file up to date."""
-        if not self._rows:
+    def flush(self) -> None:
+        """Write the row, to the disk itself."""
+        row, before = dict(self._row), self._written
+        if row == before:
             return
-        (begin, step), last = self._end, max(self._rows)
-        if set(self._rows[last]) <= set(self._columns) and last >= step:
-            with self.path.open("r+", newline="") as stream:
-                stream.seek(begin) if last == step else stream.seek(0, os.SEEK_END)
-                self._end = stream.tell(), last
-                csv.DictWriter(stream, self._columns).writerow(self._rows[last])
-                stream.truncate()
+        self._written = row
+        if set(row) <= set(self._columns) and row["step"] != before["step"]:
+            with self.path.open("a", newline="") as stream:
+                csv.DictWriter(stream, self._columns).writerow(row)
+                stream.flush()
+                os.fsync(stream.fileno())
             return
-        self._columns = ["step", *sorted({key for row in self._rows.values() for key in row} - {"step"})]
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, self._columns)
-            writer.writeheader()
-            for number, row in self._rows.items():
-                self._end = stream.tell(), number
-                writer.writerow(row)
-        os.replace(draft, self.path)
+        rows = [*self._rows_before(row["step"]), row]
+        self._columns = ["step", *sorted({key for each in rows for key in each} - {"step"})]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        with replacing(self.path) as stream:
+            stream.write(text.getvalue().encode())
+
+    def _rows_before(self, step: int) -> list[dict[str, str]]:
+        text = self.path.read_text() if self.path.exists() else ""
+        whole = text[: text.rfind("\n") + 1].splitlines()  # a kill may have cut the last line off
+        return [row for row in csv.DictReader(whole) if int(row["step"]) < step]
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what was logged last."""
-        self.save()
+        """Write the last row."""
+        self.flush()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bisenet.classes import ClassTable
+from bisenet.files import replacing
 from bisenet.inference import Protocol, Segmenter
 
 log = logging.getLogger(__name__)
@@ -113,9 +114,26 @@ def write(
     """Write a checkpoint to predict and evaluate with, from which no training can be resumed; replaces atomically."""
     state = {_WEIGHTS + name: tensor for name, tensor in weights.items()}
     content = {"state_dict": state, "global_step": step, "bisenet": portable, "hyper_parameters": hyper_parameters}
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(content, draft)
-    os.replace(draft, path)
+    with replacing(path) as stream:
+        torch.save(content, stream)
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The checkpoint that a run is continued from: its last, or the one before where that is damaged; None: none yet.
+
+    Raises:
+        ValueError: there is none that is whole.
+    """
+    found = [file for name in ("last", "previous") if (file := run_dir / "checkpoints" / f"{name}.ckpt").exists()]
+    for file in found:
+        try:
+            read_tensors(file)
+            return file
+        except ValueError as error:
+            if file == found[-1]:
+                raise
+            log.warning("%s; the run goes on from %s", error, found[-1])
+    return None
 
 
 def load(

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from bisenet import checkpoint, report
-from bisenet.callbacks import BestCheckpoint, EndOnSignal, WeightAverage, log_scores
+from bisenet.callbacks import BestCheckpoint, CheckpointFiles, EndOnSignal, WeightAverage, log_scores
 from bisenet.data import SegmentationDataModule
 from bisenet.inference import Segmenter
 from bisenet.launch import PRACTICAL, differences, read_results
@@ -118,20 +118,29 @@ def build_module(cfg: DictConfig, data: SegmentationDataModule, segmenter: Segme
     return SegmentationModule(segmenter, build(cfg, "loss"), optimizer, portable, config)
 
 
-def build_trainer(cfg: DictConfig, continued: bool, *ours: Callback) -> Trainer:
-    """Lightning's Trainer with its callbacks and loggers, and callbacks that are no option."""
+def build_trainer(cfg: DictConfig, last: Path | None, *ours: Callback) -> Trainer:
+    """Lightning's Trainer with its callbacks and loggers, and callbacks that are no option.
+
+    A checkpoint is what the run continues from.
+    """
     callbacks = [*ours, *build(cfg, "callbacks").values()]
     for node in cfg.logger.values():
-        if "purge_step" in node and continued:  # TensorBoard
-            node.purge_step = checkpoint.read(cfg.run_dir).step
+        if "purge_step" in node and last:  # TensorBoard
+            node.purge_step = checkpoint.read(last).step
     if not torch.cuda.is_available() and cfg.trainer.sync_batchnorm:
         log.info("trainer.sync_batchnorm: without effect, since torch has it for GPUs only")
         cfg.trainer.sync_batchnorm = False
-    passed: dict[str, Any] = {"num_sanity_val_steps": 0} if continued else {}
+    passed: dict[str, Any] = {"num_sanity_val_steps": 0} if last else {}
     bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
     loggers = list(build(cfg, "logger").values()) or [DummyLogger()]  # callbacks may ask for one
     return build(
-        cfg, "trainer", callbacks=callbacks, logger=loggers, enable_progress_bar=bar, plugins=[cluster()], **passed
+        cfg,
+        "trainer",
+        callbacks=callbacks,
+        logger=loggers,
+        enable_progress_bar=bar,
+        plugins=[cluster(), CheckpointFiles()],
+        **passed,
     )
 
 
@@ -195,23 +204,22 @@ def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any
         if type(cfg[key]) is not int or not 0 <= cfg[key] < 2**32:
             raise ValueError(f"{key}: got {cfg[key]}, accepted: an integer in [0, 2**32)")
     run_dir.mkdir(parents=True, exist_ok=True)
-    last = run_dir / "checkpoints" / "last.ckpt"
-    continued = cfg.resume is not None and last.exists()
+    last = checkpoint.newest(run_dir) if cfg.resume is not None else None
     data = build_data(cfg)
     segmenter = build_segmenter(cfg, data)
     module = build_module(cfg, data, segmenter)
-    if continued:
+    if last:
         require_same_training(last, module)
     elif cfg.ckpt_path is not None:  # which brings these along, whatever the configuration says
         require_same_training(Path(cfg.ckpt_path), module, ["optimizer", "scheduler", "parameter_groups"])
-    trainer = build_trainer(cfg, continued, ending)
+    trainer = build_trainer(cfg, last, ending)
     require_enough_images(cfg, segmenter.network)
-    if trainer.is_global_zero and continued and (run_dir / "results.json").exists():
+    if trainer.is_global_zero and last and (run_dir / "results.json").exists():
         log.warning("%s/results.json is damaged: the last checkpoint is evaluated again", run_dir)
         (run_dir / "results.json").unlink()
-    if cfg.resume is not None and not continued and (run_dir / "provenance.json").exists():
+    if cfg.resume is not None and last is None and (run_dir / "provenance.json").exists():
         log.warning("%s has no checkpoint yet: the run begins again", run_dir)
-    if trainer.is_global_zero and not continued:  # the others are given what it has: weights by DDP, buffers by module
+    if trainer.is_global_zero and last is None:  # the others are given what it has: weights by DDP, buffers by module
         load_weights(cfg, segmenter.network)
         data.prepare_data()
         data.setup()
@@ -229,14 +237,14 @@ def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any
     log.info("run directory: %s", run_dir)
     started = time.perf_counter()
     seed_everything((cfg.init_seed + trainer.global_rank) % 2**32, verbose=False)  # for dropout
-    trainer.fit(module, data, ckpt_path=last if continued else cfg.ckpt_path, weights_only=True)
+    trainer.fit(module, data, ckpt_path=last or cfg.ckpt_path, weights_only=True)
     results = {
         "name": cfg.name,
         "step": trainer.global_step,
         "train_seconds": round(time.perf_counter() - started, 1),  # since the last start of a run that was resumed
     }
     results |= score(trainer, module, data, data.report_split, run_dir)
-    results |= score_other_weights(trainer, module, data, results, last.with_name("ema.ckpt"))
+    results |= score_other_weights(trainer, module, data, results, run_dir / "checkpoints" / "ema.ckpt")
     if trainer.is_global_zero:
         for stage in ("last", "best_on_val", "ema"):
             for name, scores in (results if stage == "last" else results.get(stage, {})).get("protocols", {}).items():

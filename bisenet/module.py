@@ -62,7 +62,7 @@ class SegmentationModule(LightningModule):
         output = network(self.segmenter.normalize(batch["image"]))
         assert self.loss is not None, "a module without a loss only evaluates"
         loss = self.loss(output, batch["mask"], align_corners=bool(network.align_corners))
-        if not self._is_logged(self.global_step + 1):
+        if (self.global_step + 1) % self.trainer.log_every_n_steps != 0:  # type: ignore[attr-defined]
             return loss.total  # a number that is logged from the host would make it wait for the device
         valid = (batch["mask"] != self.segmenter.classes.ignore_index).sum().clamp(min=1)
         scalars = torch.stack([loss.total, *loss.heads, *(kept / valid for kept in loss.kept)])
@@ -74,18 +74,6 @@ class SegmentationModule(LightningModule):
             self.log_dict(dict(zip(names, means, strict=True)), sync_dist=True)  # means over the devices
             self._accumulated.clear()
         return loss.total
-
-    def _is_logged(self, step: int) -> bool:
-        return step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop a run that cannot recover, at the steps that read the loss anyway and at the last one."""
-        read = self._is_logged(self.global_step) or self.global_step == self.trainer.max_steps
-        if read and not torch.isfinite(outputs["loss"]):
-            raise FloatingPointError(
-                f"the loss is {outputs['loss'].item()} at step {self.global_step}: lower optimizer.lr, "
-                "lengthen scheduler.warmup_steps, or use precision=fp32"
-            )
 
     def on_fit_start(self) -> None:
         """What the first process has read of the data, such as class weights, holds for all."""

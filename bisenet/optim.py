@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -29,7 +28,7 @@ class GroupRule:
     """None: the optimizer's."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, str):
+        if isinstance(self.layers, str):  # of which each letter would be one
             raise ValueError(f"layers: got {self.layers!r}, accepted: null or a list of module names")
         if self.kind not in ("weight", "norm_bias", "any"):
             raise ValueError(f"kind: got {self.kind!r}, accepted: weight | norm_bias | any")
@@ -93,20 +92,6 @@ def parameter_groups(
     ]
 
 
-def warmup_ratio_at(step: int, steps: int, ratio: float, shape: str) -> float:
-    """Share of the learning rate at a step of the warmup, from ``ratio`` at step 0 to 1 at ``steps``.
-
-    Args:
-        step: optimisation steps done, from 0.
-        steps: length of the warmup; at and after it the share is 1.
-        ratio: share at step 0, in (0, 1].
-        shape: ``exponential`` (the logarithm of the share is a line) or ``linear``.
-    """
-    if step >= steps:
-        return 1.0
-    return ratio ** (1 - step / steps) if shape == "exponential" else ratio + (1 - ratio) * step / steps
-
-
 class WarmupConstant(LambdaLR):
     """A warmup, then the full learning rate.
 
@@ -114,7 +99,7 @@ class WarmupConstant(LambdaLR):
         optimizer: whose learning rates; stepped after every optimisation step.
         warmup_steps: steps until the full learning rate; 0: no warmup.
         warmup_ratio: share of the learning rate at step 0, in (0, 1].
-        warmup: ``exponential`` or ``linear``, see :func:`warmup_ratio_at`.
+        warmup: how the share rises to 1: ``exponential`` (its logarithm is a line) or ``linear``.
 
     Raises:
         ValueError: a value outside its range.
@@ -129,12 +114,18 @@ class WarmupConstant(LambdaLR):
             raise ValueError(f"warmup_ratio: got {warmup_ratio}, accepted: a number in (0, 1]")
         if warmup not in ("exponential", "linear"):
             raise ValueError(f"warmup: got {warmup!r}, accepted: exponential | linear")
-        self.warmup_steps = warmup_steps
-        rate = partial(warmup_ratio_at, steps=warmup_steps, ratio=warmup_ratio, shape=warmup)
-        super().__init__(optimizer, lambda step: rate(step) * self.decay(step))
+        self.warmup_steps, self.warmup_ratio, self.warmup = warmup_steps, warmup_ratio, warmup
+        super().__init__(optimizer, self.share)
+
+    def share(self, step: int) -> float:
+        """Share of the learning rate after so many steps."""
+        if step >= self.warmup_steps:
+            return self.decay(step)
+        done, ratio = step / self.warmup_steps, self.warmup_ratio
+        return ratio ** (1 - done) if self.warmup == "exponential" else ratio + (1 - ratio) * done
 
     def decay(self, step: int) -> float:
-        """Share that is left of the learning rate at a step after the warmup; 1 before."""
+        """The share at a step after the warmup."""
         return 1.0
 
 
@@ -157,20 +148,17 @@ class WarmupPoly(WarmupConstant):
     def __init__(self, optimizer: Optimizer, *, total_steps: int, power: float = 0.9, **warmup: Any) -> None:
         if not 0 < power < math.inf:
             raise ValueError(f"power: got {power}, accepted: a positive number")
-        if not total_steps > warmup.get("warmup_steps", 0):
-            steps = warmup.get("warmup_steps")
+        if not total_steps > (steps := warmup.get("warmup_steps", 0)):
             raise ValueError(f"warmup_steps: got {steps}, accepted: fewer than the {total_steps} steps of the training")
-        self.total_steps = total_steps
-        self.power = power
+        self.total_steps, self.power = total_steps, power
         super().__init__(optimizer, **warmup)
 
     def progress(self, step: int) -> float:
-        """Share of the decay that is done, in [0, 1]; past the end it stays 1, lest a power turn complex."""
-        done = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        return min(1.0, max(0.0, done))
+        """Share of the decay that is done after the warmup, in [0, 1]; past the end it stays 1."""
+        return min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
 
     def decay(self, step: int) -> float:
-        """Share that is left of the learning rate at a step."""
+        """The share at a step after the warmup."""
         return (1 - self.progress(step)) ** self.power
 
 
@@ -185,5 +173,5 @@ class WarmupCosine(WarmupPoly):
         super().__init__(optimizer, total_steps=total_steps, **warmup)
 
     def decay(self, step: int) -> float:
-        """Share that is left of the learning rate at a step."""
+        """The share at a step after the warmup."""
         return (1 + math.cos(math.pi * self.progress(step))) / 2

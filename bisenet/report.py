@@ -32,6 +32,8 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console, Group
 from rich.table import Table
 
+from bisenet.files import replacing
+
 if TYPE_CHECKING:  # comparing runs needs neither of them, nor torch
     from bisenet.classes import ClassTable
     from bisenet.metrics import SegmentationScores
@@ -476,10 +478,8 @@ def write_text(path: Path, text: str, *, replace: bool = False) -> None:
     """
     if path.exists() and not replace:
         raise FileExistsError(f"{path} exists; nothing is overwritten")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    with replacing(path) as stream:
+        stream.write(text.encode())
 
 
 def write_counts(path: Path, scores: "SegmentationScores") -> None:

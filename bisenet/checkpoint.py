@@ -50,19 +50,16 @@ class Checkpoint:
     """A trained network and everything needed to use it, in plain values."""
 
     path: Path
-    """The file it was read from."""
     network: dict[str, Any]
     """Node of the network: ``_target_`` and arguments, without ``n_classes``."""
     classes: ClassTable
-    """Class table of the data set it was trained on."""
     data: dict[str, Any]
-    """``name``, ``mean``, ``std``, ``eval_window`` and ``eval_short_side`` of that data set."""
+    """``name``, ``mean``, ``std``, ``eval_window`` and ``eval_short_side`` of the data set it was trained on."""
     protocols: dict[str, dict[str, Any]]
     """Name -> fields of a :class:`Protocol`."""
     step: int | None
     """Optimisation steps taken; None: unknown."""
     weights: dict[str, Tensor]
-    """State dict of the network."""
     hyper_parameters: dict[str, Any]
     """The configuration of the training as far as it is known, for an evaluation; may be empty."""
 
@@ -72,14 +69,12 @@ class Checkpoint:
         Raises:
             ValueError: a class that :func:`build` refuses, or weights that do not fit the network.
         """
-        n_classes = self.classes.num_classes
+        n_classes, size = self.classes.num_classes, self.path.stat().st_size
         try:
             if self.network.get("_target_") in NETWORKS:  # before it costs memory
                 _Differences(_shapes_of(self.network, n_classes), self.weights).require_fit()
-            if sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values()) > os.path.getsize(
-                self.path
-            ):
-                raise ValueError("its weights claim more memory than the file has bytes")  # repeated by strides of 0
+            if sum(tensor.nbytes for tensor in self.weights.values()) > size:  # repeated by strides of 0
+                raise ValueError("its weights claim more memory than the file has bytes")
             with torch.random.fork_rng(devices=[]):  # the caller's generators are not ours
                 network = build(self.network, trust, n_classes=n_classes)
             network.load_state_dict(self.weights)
@@ -118,31 +113,21 @@ def write(
     os.replace(draft, path)
 
 
-def load(
-    path: str | PathLike[str],
-    data: Mapping[str, Any] | None = None,
-    protocols: Mapping[str, Protocol] | None = None,
-    trust: Sequence[str] = (),
-) -> Segmenter:
-    """The trained model of what :func:`read` reads; arguments and errors as there and :meth:`Checkpoint.segmenter`."""
-    return read(path, data).segmenter(protocols, trust)
-
-
 def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Checkpoint:
     """Read a run directory (its ``checkpoints/last.ckpt``), a checkpoint of ours, or weights of the reference.
 
     Args:
         path: directory or file.
-        data: for weights of the reference, the data set that they were trained on: ``classes`` (a table, its name or
-            its path), ``mean`` and ``std``, ``eval_short_side`` if there is one. Older BiSeNetV1 was always normalised
-            as ImageNet, whatever ``data`` says. A checkpoint of ours takes none.
+        data: for weights of the reference only, the data set that they were trained on: ``classes`` (a table, its name
+            or its path), ``mean`` and ``std``, ``eval_short_side`` if there is one. Older BiSeNetV1 was always
+            normalised as ImageNet, whatever ``data`` says.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is neither, or damaged; ``data`` missing, not needed or with other classes.
     """
-    file, content = _read_content(path)
-    if not _is_ours(content):
+    file, content, weights = _read_content(path)
+    if weights is None:
         return _complete(file, content, data)
     if data is not None:
         raise ValueError(f"data: {file} knows the data set it was trained on; accepted: no data here")
@@ -154,28 +139,31 @@ def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Ch
             raise ValueError(f"format {entry['format']} is of a later version of bisenet")
         classes, step = ClassTable.from_dict(entry["classes"]), content["global_step"]
         network, facts, protocols = (dict(entry[key]) for key in ("network", "data", "protocols"))
-        weights = _own_weights(content)
         return Checkpoint(file, network, classes, facts, protocols, step, weights, dict(hyper_parameters))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is a damaged checkpoint of bisenet: {error!r}") from error
 
 
-def _read_content(path: str | PathLike[str]) -> tuple[Path, Any]:
+def _read_content(path: str | PathLike[str]) -> tuple[Path, Any, dict[str, Tensor] | None]:
+    """The file that a path means, what it holds, and the network's weights if it is a checkpoint of ours."""
     path = Path(path).expanduser()
     file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
             f"checkpoint: no file {file}; accepted: a .ckpt or .pth file, or a run directory with checkpoints/last.ckpt"
         )
-    return file, read_tensors(file)
-
-
-def _is_ours(content: Any) -> bool:
-    return isinstance(content, dict) and "bisenet" in content
-
-
-def _own_weights(content: dict[str, Any]) -> dict[str, Tensor]:
-    return {k.removeprefix(_WEIGHTS): v for k, v in content["state_dict"].items() if k.startswith(_WEIGHTS)}
+    content = read_tensors(file)
+    if not isinstance(content, dict) or "bisenet" not in content:
+        return file, content, None
+    return (
+        file,
+        content,
+        {
+            name.removeprefix(_WEIGHTS): tensor
+            for name, tensor in content["state_dict"].items()
+            if name.startswith(_WEIGHTS)
+        },
+    )
 
 
 def _from_format_1(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -191,22 +179,17 @@ def _from_format_1(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _complete(file: Path, content: Any, data: Mapping[str, Any] | None) -> Checkpoint:
-    """A checkpoint of the reference's weights and the data set that they were trained on."""
+    """Weights of the reference and the data set that they were trained on."""
     network, n_classes, weights = _recognise(file, content)
     if data is None:
-        raise ValueError(
-            f"data: {file} holds weights for {n_classes} classes and nothing else; accepted: the data set they were "
-            "trained on, as data=cityscapes (its class table and normalisation)"
-        )
+        accepted = "the data set they were trained on, as data=cityscapes (its class table and normalisation)"
+        raise ValueError(f"data: {file} holds weights for {n_classes} classes and nothing else; accepted: {accepted}")
     if missing := [key for key in ("classes", "mean", "std") if key not in data]:
         raise ValueError(f"data: got no {missing[0]}, accepted: classes, mean and std")
     classes = data["classes"]
     table = classes if isinstance(classes, ClassTable) else ClassTable.load(classes)
     if table.num_classes != n_classes:
-        raise ValueError(
-            f"data.classes: {table.name!r} has {table.num_classes} classes, the weights of {file} are for {n_classes}; "
-            f"accepted: a data set or class table with {n_classes}"
-        )
+        raise ValueError(f"data.classes: {table.name!r} has {table.num_classes}, accepted for {file}: {n_classes}")
     facts = {key: data.get(key) for key in _DATA_KEYS} | {key: list(data[key]) for key in ("mean", "std")}
     if "norm" in network and network["generation"] == "older":
         facts |= _IMAGENET
@@ -228,9 +211,8 @@ def read_tensors(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes fail in any way
         kind, message = type(error).__name__, str(error)  # not passed on: it tells how to run what is in the file
-    if wanted := re.search(r"GLOBAL (\S+)|TorchScript", message):
-        why = f"it wants {wanted[1] or wanted[0]}, which is code; accepted: a state dict saved by "
-        why += "torch.save(net.state_dict(), file)"
+    if wanted := re.search(r"GLOBAL (\S+)", message):
+        why = f"it wants {wanted[1]}, which is code; accepted: a state dict saved by torch.save(net.state_dict(), file)"
     else:
         line = message.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         why = line if kind == "ValueError" else f"{kind}: {line}" if line else kind
@@ -246,12 +228,8 @@ def _require_sound(file: Path) -> None:
         return
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-            raise ValueError("TorchScript")
         if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
-            raise ValueError(
-                f"its entry {packed[0]} is compressed; accepted: entries that are stored, as by torch.save"
-            )
+            raise ValueError(f"its entry {packed[0]} is compressed; accepted: stored ones, as by torch.save")
         # Counted from the first byte, so that PyTorch's own reader finds the same entries.
         if sum(entry.file_size for entry in entries) > size or min(entry.header_offset for entry in entries) != 0:
             raise ValueError(f"its entries hold more than its {size} bytes, or do not begin with the file")
@@ -265,22 +243,20 @@ def build(
     """Build what a node from a file names: a class of ours with plain arguments, and nothing else.
 
     Args:
-        node: ``_target_``, a dotted path to a class, and its arguments.
+        node: ``_target_``, a dotted path to a class, and its arguments: numbers, text, booleans, null, and short lists
+            and mappings of them, without ``_target_`` or interpolation.
         trust: dotted paths of modules whose classes, and those of all modules below them, may be named as well.
         accepted: dotted paths of the classes that may be named without trust.
-        args: passed to the class, as ``passed``: what the file does not hold.
+        args, passed: passed to the class: what the file does not hold.
 
     Raises:
-        ValueError: another class, or an argument that is not plain (numbers, text, booleans, null; short lists and
-            mappings of them; no ``_target_``, no interpolation); the message names it.
+        ValueError: another class or argument; the message names it.
     """
     name: Any = node.get("_target_")
     trusted = tuple(f"{prefix}." for prefix in ([trust] if isinstance(trust, str) else trust))
     if type(name) is not str or (name not in accepted and not name.startswith(trusted)):
-        raise ValueError(
-            f"_target_: got {reprlib.repr(name)}, accepted: {' | '.join(accepted)}; a class of your own, whose code is "
-            f"run, takes trust=[{str(name).partition('.')[0][:40]}]"
-        )
+        own = f"a class of your own, whose code is run, takes trust=[{str(name).partition('.')[0][:40]}]"
+        raise ValueError(f"_target_: got {reprlib.repr(name)}, accepted: {' | '.join(accepted)}; {own}")
     arguments = {key: value for key, value in node.items() if key not in _NODE_KEYS}
     _require_plain(arguments, name, largest=64 if name in NETWORKS else 2**53)
     module, _, attribute = name.rpartition(".")
@@ -332,20 +308,19 @@ class _Differences:
         self.shape = [f"{n} {given[n]} for {shape}" for n, shape in expected.items() if given.get(n, shape) != shape]
         self.unfit = self.missing + self.shape  # each entry begins with the tensor's name
 
-    def require_fit(self) -> None:
+    def require_fit(self, prefix: str = "") -> None:
         """Raise a ValueError if the network would not be complete."""
         if self.unfit:
-            raise ValueError(f"it misses, or has of another shape: {_listed(self.unfit)}")
+            raise ValueError(f"{prefix}it misses, or has of another shape: {_listed(self.unfit)}")
 
     def __str__(self) -> str:
         parts = {"dropped": self.dropped, "missing": self.missing, "of another shape": self.shape}
-        some = [f"{len(names)} {part} ({_listed(names, len(names))})" for part, names in parts.items() if names]
+        some = [f"{len(names)} {part} ({', '.join(names)})" for part, names in parts.items() if names]
         return ", ".join([f"{len(self.matched)} tensors matched", *(some or ["nothing dropped, nothing missing"])])
 
 
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 # ---------------------------------------------------------------- weights of the reference
@@ -353,15 +328,14 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
 
 def _recognise(file: Path, content: Any) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
     """Node, number of classes and weights of the network that names and shapes tell, which is logged."""
-    refused = f"{file} was not written by bisenet: it has no 'bisenet' entry"
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{refused}, and it is no state dict of the reference: accepted are tensors by name")
-    weights: dict[str, Tensor] = {str(name).removeprefix(_PARALLEL): tensor for name, tensor in content.items()}
+    named = content if isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values()) else {}
+    weights: dict[str, Tensor] = {str(name).removeprefix(_PARALLEL): tensor for name, tensor in named.items()}
     node, classifier = _describe(weights)
     if classifier not in weights:
         raise ValueError(
-            f"{refused}, and its {len(weights)} tensors are of neither a BiSeNetV1 (cp.resnet.*, conv_out.conv_out.*) "
-            f"nor a BiSeNetV2 (detail.*, head.conv_out.*): {_listed(list(weights))}"
+            f"{file} was not written by bisenet (no 'bisenet' entry), nor is it a state dict of the reference's "
+            "BiSeNetV1 (cp.resnet.*, conv_out.conv_out.*) or BiSeNetV2 (detail.*, head.conv_out.*): "
+            f"{_listed(list(weights)) or 'no tensors by name'}"
         )
     n_classes = sum(weights[classifier].shape[:1])
     for aux in (True, False):  # auxiliary heads that are missing or incomplete are not needed to predict
@@ -369,15 +343,12 @@ def _recognise(file: Path, content: Any) -> tuple[dict[str, Any], int, dict[str,
         differences = _Differences(_shapes_of(node, n_classes), weights)
         if not differences.unfit:
             break
-    summary = ", ".join(str(value) if key == "_target_" else f"{key}={value}" for key, value in node.items())
-    try:
-        differences.require_fit()
-    except ValueError as error:
-        raise ValueError(f"{file}: its names are those of {summary}, but {error}") from None
+    summary = ", ".join(f"{key}={value}" for key, value in node.items())
+    differences.require_fit(f"{file}: its names are those of {summary}, but ")
     level = logging.WARNING if differences.dropped else logging.INFO
     renamed = sum(str(name).startswith(_PARALLEL) for name in content)
-    prefix = f"{renamed} renamed ({_PARALLEL!r} taken off), " if renamed else ""
-    log.log(level, "%s: %s, %d classes; %s%s", file, summary, n_classes, prefix, differences)
+    text = "%s: %s, %d classes; %d renamed (%r taken off), %s"
+    log.log(level, text, file, summary, n_classes, renamed, _PARALLEL, differences)
     return node, n_classes, {name: weights[name] for name in differences.matched}
 
 
@@ -411,25 +382,19 @@ def _describe(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
 def finetune(network: nn.Module, path: str | PathLike[str]) -> None:
     """Start a network from the weights of another: everything up to its heads, and of the heads what has their shape.
 
-    So another number of classes keeps all but the classifiers. What is kept, dropped and missing is logged.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file without weights of ours or of the reference, or of a network that differs before its heads.
+    So another number of classes keeps all but the classifiers. What is kept, dropped and missing is logged. A network
+    that differs before its heads is a ValueError, other errors are those of :func:`read`.
     """
-    file, content = _read_content(path)
-    weights = _own_weights(content) if _is_ours(content) else _recognise(file, content)[2]
+    file, content, weights = _read_content(path)
+    weights = _recognise(file, content)[2] if weights is None else weights
     differences = _Differences(network, weights)
     head_names: tuple[str, ...] = network.head_names  # type: ignore[assignment]
     heads = tuple(f"{head}." for head in head_names)
     if foreign := [name for name in differences.unfit if not name.startswith(heads)]:
-        raise ValueError(
-            f"finetune_from: {file} does not fit {type(network).__name__} before its heads: {_listed(foreign)}"
-        )
+        where = f"{type(network).__name__} before its heads"
+        raise ValueError(f"finetune_from: {file} does not fit {where}: {_listed(foreign)}")
     if any(_COUNTER in name for name in network.state_dict()) != any(_COUNTER in name for name in weights):
-        raise ValueError(
-            f"finetune_from: {file} and model.network.norm differ: one is inplace_abn, whose scale is |weight|"
-        )
+        raise ValueError(f"finetune_from: {file} and model.network.norm differ: one is inplace_abn (scale |weight|)")
     network.load_state_dict({name: weights[name] for name in differences.matched}, strict=False)
     log.info("finetune from %s: %s", file, differences)
 
@@ -443,8 +408,7 @@ def load_backbone(network: nn.Module, backbone: str, source: str, sha256: str | 
     Args:
         network: a new network.
         backbone: dotted name of the module; empty: the network itself.
-        source: path or URL of the file, as :func:`fetch` takes it.
-        sha256: its digest, likewise.
+        source, sha256: the file, as :func:`fetch` takes it.
 
     Raises:
         ValueError: no such module or file, a file of another kind, or one of which less than half fits.
@@ -454,7 +418,13 @@ def load_backbone(network: nn.Module, backbone: str, source: str, sha256: str | 
     except AttributeError as error:
         raise ValueError(f"backbone: got {backbone!r}, accepted: a module of the network ({error})") from None
     file = fetch(source, sha256)
-    given = {key: tensor for key, tensor in _flatten(read_tensors(file)).items() if not key.endswith(_COUNTER)}
+    content = read_tensors(file)
+    nested = {"": content, **content} if isinstance(content, dict) else {}
+    given = {
+        f"{part}.{key}".lstrip("."): tensor
+        for part, state in nested.items() if isinstance(state, dict)
+        for key, tensor in state.items() if isinstance(tensor, Tensor) and not str(key).endswith(_COUNTER)
+    }  # fmt: skip
     differences = _Differences(module, given)
     unused = differences.dropped + differences.shape
     summary = f"{file}: {len(differences.matched)} of its {len(given)} tensors fit {type(module).__name__}"
@@ -463,16 +433,6 @@ def load_backbone(network: nn.Module, backbone: str, source: str, sha256: str | 
         raise ValueError(f"{summary}. Accepted: weights of this network's backbone, or null to train from scratch")
     module.load_state_dict({key: given[key] for key in differences.matched}, strict=False)
     log.info("pretrained weights: %s", summary)
-
-
-def _flatten(content: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors by dotted name."""
-    if isinstance(content, Tensor):
-        return {prefix: content}
-    found: dict[str, Tensor] = {}
-    for key, value in content.items() if isinstance(content, Mapping) else ():
-        found |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def fetch(source: str, sha256: str | None = None) -> Path:
@@ -503,9 +463,7 @@ def fetch(source: str, sha256: str | None = None) -> Path:
         log.info("pretrained weights: %s has the sha256 %s; nothing to check it against", file, digest)
     elif not digest.startswith(expected):
         origin = "model.pretrained_sha256" if sha256 else "the end of its name"
-        remedy = (
-            "delete it to have it downloaded again" if url else "model.pretrained_sha256=<digest> takes it as it is"
-        )
+        remedy = "delete it to have it downloaded again, or set model.pretrained_sha256"
         raise ValueError(f"{file} has the sha256 {digest}, accepted after {origin}: {expected}...; {remedy}")
     return file
 
@@ -519,9 +477,7 @@ def _download(url: str, file: Path, sha256: str | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), sha256)
     except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{url} cannot be downloaded: {error}. Put the file into {file.parent}, or give its path instead of the "
-            "URL, or null to train from scratch"
-        ) from error
+        remedy = f"Put the file into {file.parent}, or give its path, or null to train from scratch"
+        raise ValueError(f"{url} cannot be downloaded: {error}. {remedy}") from error
     finally:
         socket.setdefaulttimeout(before)

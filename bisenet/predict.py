@@ -1,6 +1,7 @@
 """Images, folders, globs, videos and cameras in; overlays, masks and ids out."""
 
 import glob
+import itertools
 import logging
 import os
 import re
@@ -51,19 +52,6 @@ class Source:
         """Many frames rather than one."""
         return isinstance(self.origin, int) or self.origin.suffix.lower() in _VIDEOS
 
-    def open(self) -> cv2.VideoCapture:
-        """The stream."""
-        return cv2.VideoCapture(self.origin if isinstance(self.origin, int) else str(self.origin))
-
-    def announced(self, key: int) -> float:
-        """What a video file says of itself, a number of OpenCV's ``CAP_PROP``; 0 for a camera or where it is silent."""
-        if isinstance(self.origin, int):
-            return 0.0
-        capture = self.open()
-        value = capture.get(key)
-        capture.release()
-        return max(value, 0.0)
-
 
 def find_sources(given: str, exclude: Path) -> list[Source]:
     """What an ``input`` names, ordered by path. Hidden files (``.name``) are none, unless named themselves.
@@ -84,9 +72,7 @@ def find_sources(given: str, exclude: Path) -> list[Source]:
     elif path.is_file():
         base, files = path.parent, [path]
     else:
-        plain = list(path.parts[:-1])
-        while any(map(glob.has_magic, plain)):
-            plain.pop()
+        plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])
         base, files = Path(*plain), [Path(p) for p in glob.glob(str(path), recursive=True)]
     outputs = Path(os.path.realpath(exclude))
     kept = (p for p in files if p.is_file() or not p.exists())  # a link to nothing is named when it is read
@@ -108,12 +94,9 @@ def find_sources(given: str, exclude: Path) -> list[Source]:
 
 
 def read_image(path: Path, max_pixels: float = 1e8) -> np.ndarray:
-    """An image as RGB uint8 (H, W, 3), upright as its camera says.
+    """An image as RGB uint8 (H, W, 3), upright as its camera says, of up to ``max_pixels``.
 
-    Grey is repeated, alpha is left out, 16 bits are scaled to 8.
-
-    Raises:
-        UnusableInput: no image, a damaged one, one of another depth, or one of more than ``max_pixels``.
+    Grey is repeated, alpha is left out, 16 bits are scaled to 8. All else is :class:`UnusableInput`.
     """
     try:
         content = path.read_bytes()
@@ -206,14 +189,11 @@ class Predictions:
         folders = {target for source in self.sources if source.is_stream for target in self.targets(source).values()}
         times = Counter(targets)
         if doubled := [target for target in targets if times[target] > 1 or not folders.isdisjoint(target.parents)]:
-            raise ValueError(
-                f"input: several files would be written to {doubled[0]}; accepted: predict them one by one"
-            )
+            raise ValueError(f"input: several would be written to {doubled[0]}; accepted: predict them one by one")
         existing = [str(target) for target in targets if target.exists()]
         if existing and not self.overwrite:
-            more = f" and {len(existing) - 3} more" if len(existing) > 3 else ""
             raise FileExistsError(
-                f"output: {', '.join(existing[:3])}{more} exist; accepted: another output, or overwrite=true"
+                f"output: {len(existing)} exist, such as {existing[0]}; accepted: another output, or overwrite=true"
             )
 
     @property
@@ -242,22 +222,21 @@ class Predictions:
         problems: list[str] = []
         frames, network_seconds, started = 0, 0.0, time.perf_counter()
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-            lengths = [self._length(source) for source in self.sources]
-            bar = progress.add_task("frames", total=None if None in lengths else sum(filter(None, lengths)))
+            bar = progress.add_task("frames", total=len(self.sources))
             for source in self.sources:
                 try:
                     with closing(_Outputs(source, classes, self)) as outputs:
-                        for rgb in self._frames(source):
+                        for rgb, rate in self._frames(source, progress):
                             before = time.perf_counter()
                             mask = _segment(segmenter, rgb, source)
                             network_seconds += time.perf_counter() - before
-                            outputs.write(rgb, mask)
+                            outputs.write(rgb, mask, rate)
                             frames += 1
                             progress.advance(bar)
                 except UnusableInput as error:
                     problems.append(str(error))
                     log.error("skipped: %s", error)
-                    progress.advance(bar, 0 if source.is_stream else 1)
+                    progress.advance(bar, not source.is_stream)
                 except KeyboardInterrupt:
                     if not isinstance(source.origin, int):
                         raise
@@ -269,29 +248,25 @@ class Predictions:
         )  # fmt: skip
         return problems
 
-    def _length(self, source: Source) -> int | None:
-        """Number of frames as far as it is known."""
-        if isinstance(source.origin, int):
-            return self.max_frames
-        frames = int(source.announced(cv2.CAP_PROP_FRAME_COUNT)) if source.is_stream else 1
-        return frames if self.max_frames is None else min(frames, self.max_frames)
-
-    def _frames(self, source: Source) -> Iterator[np.ndarray]:
-        """RGB uint8 (H, W, 3) each."""
+    def _frames(self, source: Source, progress: Progress) -> Iterator[tuple[np.ndarray, float]]:
+        """RGB uint8 (H, W, 3) each, and how many make a second."""
         if isinstance(source.origin, Path) and not source.is_stream:
-            yield read_image(source.origin, self.max_pixels)
+            yield read_image(source.origin, self.max_pixels), 0.0
             return
-        capture, number = source.open(), 0
+        capture, number = cv2.VideoCapture(source.origin if isinstance(source.origin, int) else str(source.origin)), 0
+        announced, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
+        announced = min(announced, self.max_frames or announced)
+        progress.tasks[0].total += max(announced - 1, 0)  # type: ignore[operator]
         name = f"{'camera' if isinstance(source.origin, int) else 'video'} {source.origin}"
         try:
-            while (self.max_frames is None or number < self.max_frames) and (decoded := capture.read())[0]:
-                yield cv2.cvtColor(decoded[1], cv2.COLOR_BGR2RGB)
+            while number != self.max_frames and (decoded := capture.read())[0]:
+                yield cv2.cvtColor(decoded[1], cv2.COLOR_BGR2RGB), rate if 0 < rate < 1000 else 25.0
                 number += 1
         finally:
             capture.release()
         if number == 0:
             raise UnusableInput(f"{name} cannot be read: not there, damaged, or of an unknown codec")
-        if (announced := self._length(source)) is not None and number < announced:
+        if number < announced:
             log.warning("%s ended after %d of the %d frames that it announces", name, number, announced)
 
 
@@ -321,11 +296,11 @@ class _Outputs:
             self.video.release()
             os.replace(_draft(self.targets["overlay"]), self.targets["overlay"])
 
-    def write(self, rgb: np.ndarray, mask: np.ndarray) -> None:
-        """Write one frame: RGB uint8 (H, W, 3) and train ids, uint8 (H, W)."""
+    def write(self, rgb: np.ndarray, mask: np.ndarray, rate: float) -> None:
+        """Write one frame: RGB uint8 (H, W, 3) and train ids, uint8 (H, W); ``rate`` of them make a second."""
         for kind, target in self.targets.items():
             if kind == "overlay" and self.source.is_stream:
-                self._write_frame(self._draw(rgb, mask), target)
+                self._write_frame(self._draw(rgb, mask), target, rate)
             elif kind == "overlay":
                 _write_file(target, _encode(self._draw(rgb, mask), ".jpg"))
             else:
@@ -351,12 +326,10 @@ class _Outputs:
             shown = np.arange(len(names)) if len(names) <= rows * columns else largest[counts[largest] > 0]
         return np.vstack([drawn, legend(names, palette, sorted(map(int, shown)), rgb.shape[1], rows)])
 
-    def _write_frame(self, frame: np.ndarray, target: Path) -> None:
+    def _write_frame(self, frame: np.ndarray, target: Path, rate: float) -> None:
         height, width = (side + side % 2 for side in frame.shape[:2])  # the codec halves the colours
         if self.video is None:
             target.parent.mkdir(parents=True, exist_ok=True)
-            rate = self.source.announced(cv2.CAP_PROP_FPS)
-            rate = rate if 0 < rate < 1000 else 25.0
             video = cv2.VideoWriter(str(_draft(target)), cv2.VideoWriter.fourcc(*_CODEC), rate, (width, height))
             if not video.isOpened():
                 raise OSError(f"{target} cannot be written: OpenCV has no encoder for {_CODEC} here, or no place")

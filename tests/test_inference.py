@@ -185,21 +185,6 @@ def test_what_protocols_share_is_forwarded_once_and_alters_none(
         assert found.seconds > 0
 
 
-def test_the_presets_share_most_of_their_views() -> None:
-    """At the size of Cityscapes, a 16th: what each would forward alone and what all forward together."""
-    presets = all_presets(window=[64, 64])
-    network, image = Patches(), torch.zeros(1, 3, 64, 128)
-    areas = {}
-    for names in [[name] for name in presets] + [list(presets)]:
-        network.seen.clear()
-        predict(network, image, [presets[name] for name in names], 10**9)
-        areas["+".join(names)] = sum(n * h * w for n, _, h, w in network.seen) / (64 * 128)
-    together = areas.pop("+".join(presets))
-    assert areas["ss"] == 1
-    assert areas["mscf"] == 37  # 74 windows of half the image
-    assert together < sum(areas.values()) - 10
-
-
 def all_presets(window: list[int]) -> dict[str, Protocol]:
     presets: dict[str, Protocol] = {}
     for name in ("ss", "half", "ssc", "msf", "mscf", "mscf_older"):

@@ -8,22 +8,25 @@ networks name their weights as it does, in both generations, so that the names t
 import hashlib
 import importlib
 import logging
+import operator
 import os
 import re
 import reprlib
 import socket
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlparse
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from bisenet import conf_dir
 from bisenet.classes import ClassTable
 from bisenet.inference import Protocol, Segmenter
 
@@ -39,6 +42,9 @@ LARGEST_FILE = 16 * 2**30
 _WEIGHTS = "segmenter.network."  # before each name in the state dict of our checkpoints
 _PARALLEL = "module."  # what DataParallel and its kin put before every name
 _COUNTER = "num_batches_tracked"  # of every batch norm but those of InPlaceABN; no computation of ours reads it
+_LIBRARIES = re.compile(
+    r"(torch\.optim|torch\.optim\.lr_scheduler|albumentations|lightning\.pytorch\.callbacks)\.[A-Z]\w*"
+)
 _NODE_KEYS = ("_target_", "_partial_", "_convert_")  # of Hydra, beside the arguments
 _DATA_KEYS = ("name", "mean", "std", "eval_window", "eval_short_side")
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -62,6 +68,18 @@ class Checkpoint:
     weights: dict[str, Tensor]
     hyper_parameters: dict[str, Any]
     """The configuration of the training as far as it is known, for an evaluation; may be empty."""
+
+    def data_node(self) -> dict[str, Any]:
+        """The configuration of the data set it was trained on, checked but for what :func:`build` checks.
+
+        Raises:
+            ValueError: the file does not say it, or names what a file may not, such as a value of the environment.
+        """
+        node = self.hyper_parameters.get("data")
+        if not isinstance(node, dict) or not isinstance(node.get("dataset"), dict) or "root" not in node:
+            raise ValueError(f"{self.path} does not say what it was trained on; accepted: data=<option>")
+        _require_plain({key: node[key] for key in node if key not in (*_NODE_KEYS, "dataset")}, f"{self.path}: data")
+        return node
 
     def segmenter(self, protocols: Mapping[str, Protocol] | None = None, trust: Sequence[str] = ()) -> Segmenter:
         """The trained model in evaluation mode on the CPU, with its own protocols unless others are given.
@@ -137,17 +155,21 @@ def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Ch
             entry, hyper_parameters = _from_format_1(entry)
         elif entry["format"] != 2:
             raise ValueError(f"format {entry['format']} is of a later version of bisenet")
-        classes, step = ClassTable.from_dict(entry["classes"]), content["global_step"]
-        network, facts, protocols = (dict(entry[key]) for key in ("network", "data", "protocols"))
-        return Checkpoint(file, network, classes, facts, protocols, step, weights, dict(hyper_parameters))
+        facts, protocols, table = ({**entry[key]} for key in ("data", "protocols", "classes"))
+        _require_plain([facts, protocols, table], "bisenet", depth=6, most=2**17)
+        classes, step = ClassTable.from_dict(table), operator.index(content["global_step"])
+        facts = {key: facts[key] for key in _DATA_KEYS}
+        return Checkpoint(file, {**entry["network"]}, classes, facts, protocols, step, weights, {**hyper_parameters})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is a damaged checkpoint of bisenet: {error!r}") from error
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{file} is no checkpoint of bisenet, or a damaged one: {why}") from error
 
 
 def _read_content(path: str | PathLike[str]) -> tuple[Path, Any, dict[str, Tensor] | None]:
     """The file that a path means, what it holds, and the network's weights if it is a checkpoint of ours."""
     path = Path(path).expanduser()
-    file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    inside = [path / "last.ckpt", path / "checkpoints" / "last.ckpt"]
+    file = next(filter(Path.is_file, inside), inside[-1]) if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
             f"checkpoint: no file {file}; accepted: a .ckpt or .pth file, or a run directory with checkpoints/last.ckpt"
@@ -155,15 +177,20 @@ def _read_content(path: str | PathLike[str]) -> tuple[Path, Any, dict[str, Tenso
     content = read_tensors(file)
     if not isinstance(content, dict) or "bisenet" not in content:
         return file, content, None
-    return (
-        file,
-        content,
-        {
-            name.removeprefix(_WEIGHTS): tensor
-            for name, tensor in content["state_dict"].items()
-            if name.startswith(_WEIGHTS)
-        },
+    if not (state := _state_dict(content.get("state_dict"))):
+        raise ValueError(
+            f"{file} is no checkpoint of bisenet, or a damaged one: it has no state_dict of tensors by name"
+        )
+    return file, content, {k.removeprefix(_WEIGHTS): v for k, v in state.items() if k.startswith(_WEIGHTS)}
+
+
+def _state_dict(content: Any) -> dict[str, Tensor]:
+    """What is a mapping from names to dense tensors of real numbers; else nothing."""
+    dense = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(v, Tensor) and v.layout is torch.strided and not v.is_complex()
+        for name, v in content.items()
     )
+    return content if dense else {}
 
 
 def _from_format_1(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -253,36 +280,92 @@ def build(
         ValueError: another class or argument; the message names it.
     """
     name: Any = node.get("_target_")
-    trusted = tuple(f"{prefix}." for prefix in ([trust] if isinstance(trust, str) else trust))
-    if type(name) is not str or (name not in accepted and not name.startswith(trusted)):
-        own = f"a class of your own, whose code is run, takes trust=[{str(name).partition('.')[0][:40]}]"
-        raise ValueError(f"_target_: got {reprlib.repr(name)}, accepted: {' | '.join(accepted)}; {own}")
+    if type(name) is not str or (name not in accepted and not name.startswith(_prefixes(trust))):
+        _refuse(name, " | ".join(accepted))
     arguments = {key: value for key, value in node.items() if key not in _NODE_KEYS}
     _require_plain(arguments, name, largest=64 if name in NETWORKS else 2**53)
-    module, _, attribute = name.rpartition(".")
+    target = _find(name, accepted, trust)
+    if not isinstance(target, type):
+        raise ValueError(f"_target_: got {name}, accepted: a class")
     try:
-        target = getattr(importlib.import_module(module), attribute)
-        if not isinstance(target, type) or not (name in accepted or f"{target.__module__}.".startswith(trusted)):
-            raise ValueError(f"_target_: got {name}, accepted: a class that is defined in what is trusted")
         return target(*args, **arguments, **passed)
-    except (ImportError, AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _require_plain(value: Any, where: str, depth: int = 3, largest: float = 2**53) -> None:
-    """Raise a ValueError if a value is nothing that a file may hold as an argument."""
-    if type(value) in (list, tuple, dict):
-        ok = depth > 0 and len(value) <= 64
-        for key, item in (value.items() if isinstance(value, dict) else enumerate(value)) if ok else ():
-            ok = ok and not str(key).startswith("_")
-            _require_plain(item, f"{where}.{key}", depth - 1, largest)
-    elif type(value) is str:
-        ok = len(value) <= 4096 and "${" not in value
-    else:
-        ok = value is None or type(value) is bool or (type(value) in (int, float) and abs(value) <= largest)
-    if not ok:
-        limits = f"numbers up to {largest}, text, booleans, null, and short lists and mappings of them"
-        raise ValueError(f"{where}: got {reprlib.repr(value)}, accepted from a file: {limits}")
+def _prefixes(trust: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{prefix}." for prefix in ([trust] if isinstance(trust, str) else trust))
+
+
+def _refuse(name: Any, accepted: str) -> NoReturn:
+    module = name.partition(".")[0][:40] if isinstance(name, str) else "module"
+    own = f"what is your own, and whose code is run, takes trust=[{module}]"
+    raise ValueError(f"_target_: got {reprlib.repr(name)}, accepted: {accepted}; {own}")
+
+
+def _find(name: str, accepted: Collection[str], trust: Sequence[str]) -> Any:
+    """What a name means: of trusted modules what they define, not what they import."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    if name not in accepted and not f"{getattr(found, '__module__', '')}.".startswith(_prefixes(trust)):
+        raise ValueError(f"_target_: got {name}, accepted: what is defined in what is trusted")
+    return found
+
+
+def require_known(config: Any, trust: Sequence[str] = ()) -> None:
+    """Check that a run's configuration, which is code to whoever resumes it, names nothing foreign.
+
+    Args:
+        config: plain containers, before interpolation.
+        trust: as :func:`build`; the name of a resolver, such as ``oc.env``, trusts that one.
+
+    Raises:
+        ValueError: a ``_target_`` or a resolver that ``conf/`` does not name, nor is trusted; optimizers of torch,
+            callbacks of Lightning and transforms of albumentations may be named as well.
+    """
+    files = Path(conf_dir()).rglob("*.yaml")
+    known = {name for file in files for name in _names(yaml.safe_load(file.read_text(encoding="utf-8")))}
+    for name in _names(config):
+        if name in known or _LIBRARIES.fullmatch(name) or name.partition(":")[0] in trust:
+            continue
+        if not name.startswith(_prefixes(trust)):
+            _refuse(name, "what conf/ names")
+        _find(name, (), trust)
+
+
+def _names(node: Any) -> Iterator[str]:
+    """Targets, and beginnings of interpolations that are more than the key of another value."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from [str(value)] if key == "_target_" else _names(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _names(value)
+    elif isinstance(node, str):
+        yield from (name for name in re.findall(r"\$\{([^${}]*)", node) if not re.fullmatch(r"[\w.-]+", name))
+
+
+def _require_plain(value: Any, where: str, depth: int = 3, largest: float = 2**53, most: int = 1024) -> None:
+    """Raise a ValueError if a value is nothing that a file may hold, nests deeper, or has more than ``most`` values."""
+    pending, count = [(value, where, depth)], 1  # counted, since lists that hold one list many times need few bytes
+    while pending:
+        value, where, depth = pending.pop()
+        if type(value) in (list, tuple, dict):
+            count += len(value)
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            ok = depth > 0 and count <= most
+            pending += [(item, f"{where}.{key}", depth - 1) for key, item in items] if ok else []
+            ok = ok and all(type(key) is str and key[:1] != "_" for key in value if isinstance(value, dict))
+        elif type(value) is str:
+            ok = len(value) <= 4096 and "${" not in value
+        else:
+            ok = value is None or type(value) is bool or (type(value) in (int, float) and abs(value) <= largest)
+        if not ok:
+            limits = f"numbers up to {largest}, text, booleans, null, and at most {most} of them in lists and mappings"
+            raise ValueError(f"{where}: got {reprlib.repr(value)}, accepted from a file: {limits}")
 
 
 class _WithoutInitialising(TorchFunctionMode):
@@ -328,8 +411,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _recognise(file: Path, content: Any) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
     """Node, number of classes and weights of the network that names and shapes tell, which is logged."""
-    named = content if isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values()) else {}
-    weights: dict[str, Tensor] = {str(name).removeprefix(_PARALLEL): tensor for name, tensor in named.items()}
+    weights = {name.removeprefix(_PARALLEL): tensor for name, tensor in _state_dict(content).items()}
     node, classifier = _describe(weights)
     if classifier not in weights:
         raise ValueError(

@@ -296,6 +296,9 @@ def resumed(cfg: DictConfig) -> DictConfig:
         )
     stored = OmegaConf.load(Path(cfg.resume) / ".hydra" / "config.yaml")
     assert isinstance(stored, DictConfig)
+    from bisenet import checkpoint
+
+    checkpoint.require_known(OmegaConf.to_container(stored), list(cfg.trust))
     for key in keys:
         OmegaConf.update(stored, key, OmegaConf.select(cfg, key))
     return stored

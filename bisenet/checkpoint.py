@@ -42,6 +42,8 @@ LARGEST_FILE = 16 * 2**30
 _WEIGHTS = "segmenter.network."  # before each name in the state dict of our checkpoints
 _PARALLEL = "module."  # what DataParallel and its kin put before every name
 _COUNTER = "num_batches_tracked"  # of every batch norm but those of InPlaceABN; no computation of ours reads it
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # a value of a file may be nested without end
 _LIBRARIES = re.compile(
     r"(torch\.optim|torch\.optim\.lr_scheduler|albumentations|lightning\.pytorch\.callbacks)\.[A-Z]\w*"
 )
@@ -161,7 +163,7 @@ def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Ch
         facts = {key: facts[key] for key in _DATA_KEYS}
         return Checkpoint(file, {**entry["network"]}, classes, facts, protocols, step, weights, {**hyper_parameters})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:800]
         raise ValueError(f"{file} is no checkpoint of bisenet, or a damaged one: {why}") from error
 
 
@@ -300,7 +302,7 @@ def _prefixes(trust: Sequence[str]) -> tuple[str, ...]:
 def _refuse(name: Any, accepted: str) -> NoReturn:
     module = name.partition(".")[0][:40] if isinstance(name, str) else "module"
     own = f"what is your own, and whose code is run, takes trust=[{module}]"
-    raise ValueError(f"_target_: got {reprlib.repr(name)}, accepted: {accepted}; {own}")
+    raise ValueError(f"_target_: got {_SHORT.repr(name)}, accepted: {accepted}; {own}")
 
 
 def _find(name: str, accepted: Collection[str], trust: Sequence[str]) -> Any:
@@ -365,7 +367,7 @@ def _require_plain(value: Any, where: str, depth: int = 3, largest: float = 2**5
             ok = value is None or type(value) is bool or (type(value) in (int, float) and abs(value) <= largest)
         if not ok:
             limits = f"numbers up to {largest}, text, booleans, null, and at most {most} of them in lists and mappings"
-            raise ValueError(f"{where}: got {reprlib.repr(value)}, accepted from a file: {limits}")
+            raise ValueError(f"{where}: got {_SHORT.repr(value)}, accepted from a file: {limits}")
 
 
 class _WithoutInitialising(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Images, folders, globs, videos and cameras in; overlays, masks and ids out."""
+"""Images, folders, globs, videos, cameras and streams in; overlays, masks and ids out."""
 
 import glob
 import itertools
@@ -7,12 +7,13 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
 
 import cv2
 import numpy as np
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+_KINDS = ("overlay", "palette", "train_ids", "label_ids")
 _CODEC = "mp4v"  # the one for .mp4 that opencv-python can encode; it has no H.264
 _LEGEND_ROWS = 4  # of a video, whose frames all have one size; with more classes the largest of a frame are named
 
@@ -42,28 +44,36 @@ class UnusableInput(ValueError):
 class Source:
     """One image or one stream of frames."""
 
-    origin: Path | int
-    """A file, or the index of a camera."""
+    origin: Path | int | str
+    """A file, the index of a camera, or the address of a stream."""
     name: Path
     """Where its outputs go, relative to the folder of their kind and without suffix."""
 
     @property
     def is_stream(self) -> bool:
         """Many frames rather than one."""
-        return isinstance(self.origin, int) or self.origin.suffix.lower() in _VIDEOS
+        return not isinstance(self.origin, Path) or self.origin.suffix.lower() in _VIDEOS
+
+    def __str__(self) -> str:
+        """For messages, without a password."""
+        kind = "stream" if isinstance(self.origin, str) else "camera" if isinstance(self.origin, int) else "video"
+        return f"{kind} {re.sub('//[^/]*@', '//', str(self.origin))}" if self.is_stream else str(self.origin)
 
 
-def find_sources(given: str, exclude: Path) -> list[Source]:
+def find_sources(given: str, exclude: Sequence[Path]) -> list[Source]:
     """What an ``input`` names, ordered by path. Hidden files (``.name``) are none, unless named themselves.
 
     Args:
-        given: an image, a video, a folder (all images and videos below it), a glob (``**`` goes through folders), or
-            the index of a camera.
-        exclude: folder of the outputs; what lies there is no input.
+        given: an image, a video, a folder (all images and videos below it), a glob (``**`` goes through folders), the
+            index of a camera, or the address of a stream (``rtsp://``, ``http://``), which is read as a video.
+        exclude: files and folders of the outputs; they are no inputs.
 
     Raises:
         FileNotFoundError: nothing there.
+        ValueError: a glob that leads out of its folder.
     """
+    if (url := urlparse(given)).netloc:
+        return [Source(given, Path(re.sub(r"[^\w.-]+", "-", f"{url.hostname}{url.path}").strip("-.")))]
     path = Path(given).expanduser()
     if given.isdecimal() and not path.exists():
         return [Source(int(given), Path(f"camera{given}"))]
@@ -74,9 +84,9 @@ def find_sources(given: str, exclude: Path) -> list[Source]:
     else:
         plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])
         base, files = Path(*plain), [Path(p) for p in glob.glob(str(path), recursive=True)]
-    outputs = Path(os.path.realpath(exclude))
-    kept = (p for p in files if p.is_file() or not p.exists())  # a link to nothing is named when it is read
-    files = sorted(p for p in kept if outputs not in Path(os.path.realpath(p)).parents)
+    found = sorted(p for p in files if p.is_file() or not p.exists())  # a link to nothing is named when it is read
+    outputs = {os.path.realpath(p) for p in exclude}
+    files = [p for p in found if outputs.isdisjoint(map(str, ((q := Path(os.path.realpath(p))), *q.parents)))]
     if path.is_dir():
         others = Counter(p.suffix.lower() or p.name for p in files if p.suffix.lower() not in _IMAGES | _VIDEOS)
         if others:
@@ -84,11 +94,15 @@ def find_sources(given: str, exclude: Path) -> list[Source]:
             log.warning("%s: %d files of other formats are left out (%s)", path, others.total(), listed)
         files = [p for p in files if p.suffix.lower() in _IMAGES | _VIDEOS]
     if not files:
+        there = "only what lies among the outputs" if found else "nothing"
         raise FileNotFoundError(
-            f"input: nothing at {given!r}; accepted: an image ({' '.join(sorted(_IMAGES))}), a video "
-            f"({' '.join(sorted(_VIDEOS))}), a folder of them, a glob such as 'images/*.png', or a camera's index"
+            f"input: {there} at {given!r}; accepted: an image ({' '.join(sorted(_IMAGES))}), a video "
+            f"({' '.join(sorted(_VIDEOS))}), a folder of them, a glob such as 'images/*.png', a camera's index, or a "
+            "stream (rtsp://, http://)"
         )
     names = [p.relative_to(base).with_suffix("") for p in files]
+    if any(".." in name.parts for name in names):
+        raise ValueError(f"input: got {given!r}, accepted: a glob without '..' after its first wildcard")
     times = Counter(names)
     return [Source(p, p.relative_to(base) if times[name] > 1 else name) for p, name in zip(files, names, strict=True)]
 
@@ -114,6 +128,8 @@ def read_image(path: Path, max_pixels: float = 1e8) -> np.ndarray:
     if count > 1:
         log.warning("%s holds several images; the first is taken", path)
     if image.dtype == np.uint16:
+        if (largest := image.max()) < 2**12:
+            log.warning("%s: nearly black, its 16-bit values end at %d; scale 12-bit data to 16 bits", path, largest)
         image = np.rint(image / 257).astype(np.uint8)
     if image.dtype != np.uint8:
         raise UnusableInput(f"{path} holds {image.dtype} values; accepted: 8 or 16 bits per channel")
@@ -142,7 +158,7 @@ class Predictions:
     """Images or videos to segment, and what is written of them. Everything is checked before a model is needed.
 
     Args:
-        input: an image, a video, a folder, a glob or a camera's index, see :func:`find_sources`.
+        input: an image, a video, a folder, a glob, a camera's index or a stream, see :func:`find_sources`.
         folder: where the outputs go.
         overlay: the image under the colours of its classes: ``overlay/<name>.jpg``, of a video ``.mp4``.
         palette: coloured PNG whose values are the train ids: ``palette/<name>.png``; of a video a folder of frames, as
@@ -152,7 +168,7 @@ class Predictions:
         legend: name the classes below each overlay, and all of them in ``legend.png``.
         alpha: weight of the colours in the overlay, in [0, 1].
         overwrite: replace outputs that exist.
-        max_frames: stop each video or camera after so many frames; None: at its end, for a camera Ctrl-C.
+        max_frames: stop each video, camera or stream after so many frames; None: at its end or by Ctrl-C.
         max_pixels: a larger image is refused before it is decoded.
 
     Raises:
@@ -184,7 +200,8 @@ class Predictions:
             if not ok:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, accepted: {accepted}")
         self.folder = Path(self.folder).expanduser()
-        self.sources = find_sources(str(self.input), exclude=self.folder)
+        outputs = [self.folder / name for name in (*_KINDS, "legend.png")]
+        self.sources = find_sources(str(self.input), exclude=outputs)
         targets = [target for source in self.sources for target in self.targets(source).values()]
         folders = {target for source in self.sources if source.is_stream for target in self.targets(source).values()}
         times = Counter(targets)
@@ -199,7 +216,7 @@ class Predictions:
     @property
     def kinds(self) -> list[str]:
         """What is written, a folder each."""
-        return [kind for kind in ("overlay", "palette", "train_ids", "label_ids") if getattr(self, kind)]
+        return [kind for kind in _KINDS if getattr(self, kind)]
 
     def targets(self, source: Source) -> dict[str, Path]:
         """What is written of each kind: a file; of the masks of a stream, a folder of numbered files."""
@@ -210,7 +227,7 @@ class Predictions:
     def run(self, segmenter: "Segmenter") -> list[str]:
         """Segment every source and write.
 
-        A stream ends early where its file does; what came before is kept. Ctrl-C ends a camera.
+        A stream ends early where its file does; what came before is kept. Ctrl-C ends a camera or a stream.
 
         Returns:
             One message for each source that could not be read or segmented, naming it; all others are written.
@@ -238,7 +255,7 @@ class Predictions:
                     log.error("skipped: %s", error)
                     progress.advance(bar, not source.is_stream)
                 except KeyboardInterrupt:
-                    if not isinstance(source.origin, int):
+                    if isinstance(source.origin, Path):
                         raise
         seconds = time.perf_counter() - started
         log.info(
@@ -254,20 +271,22 @@ class Predictions:
             yield read_image(source.origin, self.max_pixels), 0.0
             return
         capture, number = cv2.VideoCapture(source.origin if isinstance(source.origin, int) else str(source.origin)), 0
+        pixels = capture.get(cv2.CAP_PROP_FRAME_WIDTH) * capture.get(cv2.CAP_PROP_FRAME_HEIGHT)
         announced, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
         announced = min(announced, self.max_frames or announced)
         progress.tasks[0].total += max(announced - 1, 0)  # type: ignore[operator]
-        name = f"{'camera' if isinstance(source.origin, int) else 'video'} {source.origin}"
         try:
+            if pixels > self.max_pixels:
+                raise UnusableInput(f"{source} has {pixels / 1e6:.0f} megapixels; accepted: {self.max_pixels / 1e6:g}")
             while number != self.max_frames and (decoded := capture.read())[0]:
                 yield cv2.cvtColor(decoded[1], cv2.COLOR_BGR2RGB), rate if 0 < rate < 1000 else 25.0
                 number += 1
         finally:
             capture.release()
         if number == 0:
-            raise UnusableInput(f"{name} cannot be read: not there, damaged, or of an unknown codec")
+            raise UnusableInput(f"{source} cannot be read: not there, damaged, or of an unknown codec")
         if number < announced:
-            log.warning("%s ended after %d of the %d frames that it announces", name, number, announced)
+            log.warning("%s ended after %d of the %d frames that it announces", source, number, announced)
 
 
 def _segment(segmenter: "Segmenter", rgb: np.ndarray, source: Source) -> np.ndarray:
@@ -276,7 +295,7 @@ def _segment(segmenter: "Segmenter", rgb: np.ndarray, source: Source) -> np.ndar
     except (RuntimeError, MemoryError) as error:  # of the allocator or the device; a smaller image may fit
         line = str(error).partition("\n")[0] or type(error).__name__
         size = f"{rgb.shape[0]} x {rgb.shape[1]} pixels"
-        raise UnusableInput(f"{source.origin} cannot be segmented ({size}): {line}") from error
+        raise UnusableInput(f"{source} cannot be segmented ({size}): {line}") from error
 
 
 class _Outputs:
@@ -335,7 +354,7 @@ class _Outputs:
                 raise OSError(f"{target} cannot be written: OpenCV has no encoder for {_CODEC} here, or no place")
             self.video, self.size = video, (height, width)
         if (height, width) != self.size:  # OpenCV would leave the frame out and say nothing
-            raise UnusableInput(f"{self.source.origin}: frame {self.number} has another size than the first")
+            raise UnusableInput(f"{self.source}: frame {self.number} has another size than the first")
         below, right = height - frame.shape[0], width - frame.shape[1]
         frame = cv2.copyMakeBorder(frame, 0, below, 0, right, cv2.BORDER_REPLICATE)
         self.video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))

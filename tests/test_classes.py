@@ -165,8 +165,9 @@ def test_mistakes_name_file_and_entry(table: Any, message: str, tmp_path: Path) 
 
 def test_files_are_read_with_a_byte_order_mark_and_named_if_broken(tmp_path: Path) -> None:
     rows = "[{id: 0, name: rest}, {id: 1, name: lane}]"
-    (tmp_path / "marked.yaml").write_text(rows, encoding="utf-8-sig")
-    assert ClassTable.load(tmp_path / "marked.yaml").names == ("rest", "lane")
+    for name, text in (("marked.yaml", rows), ("marked.json", json.dumps(yaml.safe_load(rows)))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert ClassTable.load(tmp_path / name).names == ("rest", "lane")
     for name, text in (("broken.yaml", "classes: [}"), ("broken.json", "{")):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=name):

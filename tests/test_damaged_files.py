@@ -90,8 +90,9 @@ def results(file: Path) -> Reader:
     """Of a run: damaged, the run counts as not finished, and is named."""
     (file.parent / ".hydra").mkdir()
     (file.parent / ".hydra" / "config.yaml").write_text("{model: {name: a}, init_seed: 0, data_seed: 0}")
-    node = "mode: RUN, runtime: {choices: {}}, overrides: {task: []}, job: {config: {override_dirname: {exclude_keys: []}}}"
-    (file.parent / ".hydra" / "hydra.yaml").write_text(f"hydra: {{{node}}}")
+    job = {"config": {"override_dirname": {"exclude_keys": []}}}
+    node = {"mode": "RUN", "runtime": {"choices": {}}, "overrides": {"task": []}, "job": job}
+    (file.parent / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump({"hydra": node}))
     file.write_text(json.dumps({"split": "val", "protocols": {"ss": {"miou": 51.25}}}))
 
     def read(file: Path) -> Any:

@@ -29,7 +29,7 @@ def load(
     """
     from bisenet import checkpoint  # torch is imported only when it is needed
 
-    return checkpoint.load(path, read_data(data) if isinstance(data, str) else data, trust=trust)
+    return checkpoint.read(path, read_data(data) if isinstance(data, str) else data).segmenter(trust=trust)
 
 
 def read_data(name: str) -> dict[str, Any]:

@@ -8,22 +8,25 @@ networks name their weights as it does, in both generations, so that the names t
 import hashlib
 import importlib
 import logging
+import operator
 import os
 import re
 import reprlib
 import socket
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlparse
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from bisenet import conf_dir
 from bisenet.classes import ClassTable
 from bisenet.files import replacing
 from bisenet.inference import Protocol, Segmenter
@@ -40,6 +43,11 @@ LARGEST_FILE = 16 * 2**30
 _WEIGHTS = "segmenter.network."  # before each name in the state dict of our checkpoints
 _PARALLEL = "module."  # what DataParallel and its kin put before every name
 _COUNTER = "num_batches_tracked"  # of every batch norm but those of InPlaceABN; no computation of ours reads it
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # a value of a file may be nested without end
+_LIBRARIES = re.compile(
+    r"(torch\.optim|torch\.optim\.lr_scheduler|albumentations|lightning\.pytorch\.callbacks)\.[A-Z]\w*"
+)
 _NODE_KEYS = ("_target_", "_partial_", "_convert_")  # of Hydra, beside the arguments
 _DATA_KEYS = ("name", "mean", "std", "eval_window", "eval_short_side")
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -51,21 +59,30 @@ class Checkpoint:
     """A trained network and everything needed to use it, in plain values."""
 
     path: Path
-    """The file it was read from."""
     network: dict[str, Any]
     """Node of the network: ``_target_`` and arguments, without ``n_classes``."""
     classes: ClassTable
-    """Class table of the data set it was trained on."""
     data: dict[str, Any]
-    """``name``, ``mean``, ``std``, ``eval_window`` and ``eval_short_side`` of that data set."""
+    """``name``, ``mean``, ``std``, ``eval_window`` and ``eval_short_side`` of the data set it was trained on."""
     protocols: dict[str, dict[str, Any]]
     """Name -> fields of a :class:`Protocol`."""
     step: int | None
     """Optimisation steps taken; None: unknown."""
     weights: dict[str, Tensor]
-    """State dict of the network."""
     hyper_parameters: dict[str, Any]
     """The configuration of the training as far as it is known, for an evaluation; may be empty."""
+
+    def data_node(self) -> dict[str, Any]:
+        """The configuration of the data set it was trained on, checked but for what :func:`build` checks.
+
+        Raises:
+            ValueError: the file does not say it, or names what a file may not, such as a value of the environment.
+        """
+        node = self.hyper_parameters.get("data")
+        if not isinstance(node, dict) or not isinstance(node.get("dataset"), dict) or "root" not in node:
+            raise ValueError(f"{self.path} does not say what it was trained on; accepted: data=<option>")
+        _require_plain({key: node[key] for key in node if key not in (*_NODE_KEYS, "dataset")}, f"{self.path}: data")
+        return node
 
     def segmenter(self, protocols: Mapping[str, Protocol] | None = None, trust: Sequence[str] = ()) -> Segmenter:
         """The trained model in evaluation mode on the CPU, with its own protocols unless others are given.
@@ -73,14 +90,12 @@ class Checkpoint:
         Raises:
             ValueError: a class that :func:`build` refuses, or weights that do not fit the network.
         """
-        n_classes = self.classes.num_classes
+        n_classes, size = self.classes.num_classes, self.path.stat().st_size
         try:
             if self.network.get("_target_") in NETWORKS:  # before it costs memory
                 _Differences(_shapes_of(self.network, n_classes), self.weights).require_fit()
-            if sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values()) > os.path.getsize(
-                self.path
-            ):
-                raise ValueError("its weights claim more memory than the file has bytes")  # repeated by strides of 0
+            if sum(tensor.nbytes for tensor in self.weights.values()) > size:  # repeated by strides of 0
+                raise ValueError("its weights claim more memory than the file has bytes")
             with torch.random.fork_rng(devices=[]):  # the caller's generators are not ours
                 network = build(self.network, trust, n_classes=n_classes)
             network.load_state_dict(self.weights)
@@ -136,31 +151,21 @@ def newest(run_dir: Path) -> Path | None:
     return None
 
 
-def load(
-    path: str | PathLike[str],
-    data: Mapping[str, Any] | None = None,
-    protocols: Mapping[str, Protocol] | None = None,
-    trust: Sequence[str] = (),
-) -> Segmenter:
-    """The trained model of what :func:`read` reads; arguments and errors as there and :meth:`Checkpoint.segmenter`."""
-    return read(path, data).segmenter(protocols, trust)
-
-
 def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Checkpoint:
     """Read a run directory (its ``checkpoints/last.ckpt``), a checkpoint of ours, or weights of the reference.
 
     Args:
         path: directory or file.
-        data: for weights of the reference, the data set that they were trained on: ``classes`` (a table, its name or
-            its path), ``mean`` and ``std``, ``eval_short_side`` if there is one. Older BiSeNetV1 was always normalised
-            as ImageNet, whatever ``data`` says. A checkpoint of ours takes none.
+        data: for weights of the reference only, the data set that they were trained on: ``classes`` (a table, its name
+            or its path), ``mean`` and ``std``, ``eval_short_side`` if there is one. Older BiSeNetV1 was always
+            normalised as ImageNet, whatever ``data`` says.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is neither, or damaged; ``data`` missing, not needed or with other classes.
     """
-    file, content = _read_content(path)
-    if not _is_ours(content):
+    file, content, weights = _read_content(path)
+    if weights is None:
         return _complete(file, content, data)
     if data is not None:
         raise ValueError(f"data: {file} knows the data set it was trained on; accepted: no data here")
@@ -170,30 +175,42 @@ def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Ch
             entry, hyper_parameters = _from_format_1(entry)
         elif entry["format"] != 2:
             raise ValueError(f"format {entry['format']} is of a later version of bisenet")
-        classes, step = ClassTable.from_dict(entry["classes"]), content["global_step"]
-        network, facts, protocols = (dict(entry[key]) for key in ("network", "data", "protocols"))
-        weights = _own_weights(content)
-        return Checkpoint(file, network, classes, facts, protocols, step, weights, dict(hyper_parameters))
+        facts, protocols, table = ({**entry[key]} for key in ("data", "protocols", "classes"))
+        _require_plain([facts, protocols, table], "bisenet", depth=6, most=2**17)
+        classes, step = ClassTable.from_dict(table), operator.index(content["global_step"])
+        facts = {key: facts[key] for key in _DATA_KEYS}
+        return Checkpoint(file, {**entry["network"]}, classes, facts, protocols, step, weights, {**hyper_parameters})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is a damaged checkpoint of bisenet: {error!r}") from error
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:800]
+        raise ValueError(f"{file} is no checkpoint of bisenet, or a damaged one: {why}") from error
 
 
-def _read_content(path: str | PathLike[str]) -> tuple[Path, Any]:
+def _read_content(path: str | PathLike[str]) -> tuple[Path, Any, dict[str, Tensor] | None]:
+    """The file that a path means, what it holds, and the network's weights if it is a checkpoint of ours."""
     path = Path(path).expanduser()
-    file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    inside = [path / "last.ckpt", path / "checkpoints" / "last.ckpt"]
+    file = next(filter(Path.is_file, inside), inside[-1]) if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
             f"checkpoint: no file {file}; accepted: a .ckpt or .pth file, or a run directory with checkpoints/last.ckpt"
         )
-    return file, read_tensors(file)
+    content = read_tensors(file)
+    if not isinstance(content, dict) or "bisenet" not in content:
+        return file, content, None
+    if not (state := _state_dict(content.get("state_dict"))):
+        raise ValueError(
+            f"{file} is no checkpoint of bisenet, or a damaged one: it has no state_dict of tensors by name"
+        )
+    return file, content, {k.removeprefix(_WEIGHTS): v for k, v in state.items() if k.startswith(_WEIGHTS)}
 
 
-def _is_ours(content: Any) -> bool:
-    return isinstance(content, dict) and "bisenet" in content
-
-
-def _own_weights(content: dict[str, Any]) -> dict[str, Tensor]:
-    return {k.removeprefix(_WEIGHTS): v for k, v in content["state_dict"].items() if k.startswith(_WEIGHTS)}
+def _state_dict(content: Any) -> dict[str, Tensor]:
+    """What is a mapping from names to dense tensors of real numbers; else nothing."""
+    dense = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(v, Tensor) and v.layout is torch.strided and not v.is_complex()
+        for name, v in content.items()
+    )
+    return content if dense else {}
 
 
 def _from_format_1(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -209,22 +226,17 @@ def _from_format_1(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _complete(file: Path, content: Any, data: Mapping[str, Any] | None) -> Checkpoint:
-    """A checkpoint of the reference's weights and the data set that they were trained on."""
+    """Weights of the reference and the data set that they were trained on."""
     network, n_classes, weights = _recognise(file, content)
     if data is None:
-        raise ValueError(
-            f"data: {file} holds weights for {n_classes} classes and nothing else; accepted: the data set they were "
-            "trained on, as data=cityscapes (its class table and normalisation)"
-        )
+        accepted = "the data set they were trained on, as data=cityscapes (its class table and normalisation)"
+        raise ValueError(f"data: {file} holds weights for {n_classes} classes and nothing else; accepted: {accepted}")
     if missing := [key for key in ("classes", "mean", "std") if key not in data]:
         raise ValueError(f"data: got no {missing[0]}, accepted: classes, mean and std")
     classes = data["classes"]
     table = classes if isinstance(classes, ClassTable) else ClassTable.load(classes)
     if table.num_classes != n_classes:
-        raise ValueError(
-            f"data.classes: {table.name!r} has {table.num_classes} classes, the weights of {file} are for {n_classes}; "
-            f"accepted: a data set or class table with {n_classes}"
-        )
+        raise ValueError(f"data.classes: {table.name!r} has {table.num_classes}, accepted for {file}: {n_classes}")
     facts = {key: data.get(key) for key in _DATA_KEYS} | {key: list(data[key]) for key in ("mean", "std")}
     if "norm" in network and network["generation"] == "older":
         facts |= _IMAGENET
@@ -246,9 +258,8 @@ def read_tensors(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes fail in any way
         kind, message = type(error).__name__, str(error)  # not passed on: it tells how to run what is in the file
-    if wanted := re.search(r"GLOBAL (\S+)|TorchScript", message):
-        why = f"it wants {wanted[1] or wanted[0]}, which is code; accepted: a state dict saved by "
-        why += "torch.save(net.state_dict(), file)"
+    if wanted := re.search(r"GLOBAL (\S+)", message):
+        why = f"it wants {wanted[1]}, which is code; accepted: a state dict saved by torch.save(net.state_dict(), file)"
     else:
         line = message.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         why = line if kind == "ValueError" else f"{kind}: {line}" if line else kind
@@ -264,12 +275,8 @@ def _require_sound(file: Path) -> None:
         return
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-            raise ValueError("TorchScript")
         if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
-            raise ValueError(
-                f"its entry {packed[0]} is compressed; accepted: entries that are stored, as by torch.save"
-            )
+            raise ValueError(f"its entry {packed[0]} is compressed; accepted: stored ones, as by torch.save")
         # Counted from the first byte, so that PyTorch's own reader finds the same entries.
         if sum(entry.file_size for entry in entries) > size or min(entry.header_offset for entry in entries) != 0:
             raise ValueError(f"its entries hold more than its {size} bytes, or do not begin with the file")
@@ -283,48 +290,102 @@ def build(
     """Build what a node from a file names: a class of ours with plain arguments, and nothing else.
 
     Args:
-        node: ``_target_``, a dotted path to a class, and its arguments.
+        node: ``_target_``, a dotted path to a class, and its arguments: numbers, text, booleans, null, and short lists
+            and mappings of them, without ``_target_`` or interpolation.
         trust: dotted paths of modules whose classes, and those of all modules below them, may be named as well.
         accepted: dotted paths of the classes that may be named without trust.
-        args: passed to the class, as ``passed``: what the file does not hold.
+        args, passed: passed to the class: what the file does not hold.
 
     Raises:
-        ValueError: another class, or an argument that is not plain (numbers, text, booleans, null; short lists and
-            mappings of them; no ``_target_``, no interpolation); the message names it.
+        ValueError: another class or argument; the message names it.
     """
     name: Any = node.get("_target_")
-    trusted = tuple(f"{prefix}." for prefix in ([trust] if isinstance(trust, str) else trust))
-    if type(name) is not str or (name not in accepted and not name.startswith(trusted)):
-        raise ValueError(
-            f"_target_: got {reprlib.repr(name)}, accepted: {' | '.join(accepted)}; a class of your own, whose code is "
-            f"run, takes trust=[{str(name).partition('.')[0][:40]}]"
-        )
+    if type(name) is not str or (name not in accepted and not name.startswith(_prefixes(trust))):
+        _refuse(name, " | ".join(accepted))
     arguments = {key: value for key, value in node.items() if key not in _NODE_KEYS}
     _require_plain(arguments, name, largest=64 if name in NETWORKS else 2**53)
-    module, _, attribute = name.rpartition(".")
+    target = _find(name, accepted, trust)
+    if not isinstance(target, type):
+        raise ValueError(f"_target_: got {name}, accepted: a class")
     try:
-        target = getattr(importlib.import_module(module), attribute)
-        if not isinstance(target, type) or not (name in accepted or f"{target.__module__}.".startswith(trusted)):
-            raise ValueError(f"_target_: got {name}, accepted: a class that is defined in what is trusted")
         return target(*args, **arguments, **passed)
-    except (ImportError, AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _require_plain(value: Any, where: str, depth: int = 3, largest: float = 2**53) -> None:
-    """Raise a ValueError if a value is nothing that a file may hold as an argument."""
-    if type(value) in (list, tuple, dict):
-        ok = depth > 0 and len(value) <= 64
-        for key, item in (value.items() if isinstance(value, dict) else enumerate(value)) if ok else ():
-            ok = ok and not str(key).startswith("_")
-            _require_plain(item, f"{where}.{key}", depth - 1, largest)
-    elif type(value) is str:
-        ok = len(value) <= 4096 and "${" not in value
-    else:
-        ok = value is None or type(value) is bool or (type(value) in (int, float) and abs(value) <= largest)
-    if not ok:
-        limits = f"numbers up to {largest}, text, booleans, null, and short lists and mappings of them"
-        raise ValueError(f"{where}: got {reprlib.repr(value)}, accepted from a file: {limits}")
+def _prefixes(trust: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{prefix}." for prefix in ([trust] if isinstance(trust, str) else trust))
+
+
+def _refuse(name: Any, accepted: str) -> NoReturn:
+    module = name.partition(".")[0][:40] if isinstance(name, str) else "module"
+    own = f"what is your own, and whose code is run, takes trust=[{module}]"
+    raise ValueError(f"_target_: got {_SHORT.repr(name)}, accepted: {accepted}; {own}")
+
+
+def _find(name: str, accepted: Collection[str], trust: Sequence[str]) -> Any:
+    """What a name means: of trusted modules what they define, not what they import."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    if name not in accepted and not f"{getattr(found, '__module__', '')}.".startswith(_prefixes(trust)):
+        raise ValueError(f"_target_: got {name}, accepted: what is defined in what is trusted")
+    return found
+
+
+def require_known(config: Any, trust: Sequence[str] = ()) -> None:
+    """Check that a run's configuration, which is code to whoever resumes it, names nothing foreign.
+
+    Args:
+        config: plain containers, before interpolation.
+        trust: as :func:`build`; the name of a resolver, such as ``oc.env``, trusts that one.
+
+    Raises:
+        ValueError: a ``_target_`` or a resolver that ``conf/`` does not name, nor is trusted; optimizers of torch,
+            callbacks of Lightning and transforms of albumentations may be named as well.
+    """
+    files = Path(conf_dir()).rglob("*.yaml")
+    known = {name for file in files for name in _names(yaml.safe_load(file.read_text(encoding="utf-8")))}
+    for name in _names(config):
+        if name in known or _LIBRARIES.fullmatch(name) or name.partition(":")[0] in trust:
+            continue
+        if not name.startswith(_prefixes(trust)):
+            _refuse(name, "what conf/ names")
+        _find(name, (), trust)
+
+
+def _names(node: Any) -> Iterator[str]:
+    """Targets, and beginnings of interpolations that are more than the key of another value."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from [str(value)] if key == "_target_" else _names(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _names(value)
+    elif isinstance(node, str):
+        yield from (name for name in re.findall(r"\$\{([^${}]*)", node) if not re.fullmatch(r"[\w.-]+", name))
+
+
+def _require_plain(value: Any, where: str, depth: int = 3, largest: float = 2**53, most: int = 1024) -> None:
+    """Raise a ValueError if a value is nothing that a file may hold, nests deeper, or has more than ``most`` values."""
+    pending, count = [(value, where, depth)], 1  # counted, since lists that hold one list many times need few bytes
+    while pending:
+        value, where, depth = pending.pop()
+        if type(value) in (list, tuple, dict):
+            count += len(value)
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            ok = depth > 0 and count <= most
+            pending += [(item, f"{where}.{key}", depth - 1) for key, item in items] if ok else []
+            ok = ok and all(type(key) is str and key[:1] != "_" for key in value if isinstance(value, dict))
+        elif type(value) is str:
+            ok = len(value) <= 4096 and "${" not in value
+        else:
+            ok = value is None or type(value) is bool or (type(value) in (int, float) and abs(value) <= largest)
+        if not ok:
+            limits = f"numbers up to {largest}, text, booleans, null, and at most {most} of them in lists and mappings"
+            raise ValueError(f"{where}: got {_SHORT.repr(value)}, accepted from a file: {limits}")
 
 
 class _WithoutInitialising(TorchFunctionMode):
@@ -350,20 +411,19 @@ class _Differences:
         self.shape = [f"{n} {given[n]} for {shape}" for n, shape in expected.items() if given.get(n, shape) != shape]
         self.unfit = self.missing + self.shape  # each entry begins with the tensor's name
 
-    def require_fit(self) -> None:
+    def require_fit(self, prefix: str = "") -> None:
         """Raise a ValueError if the network would not be complete."""
         if self.unfit:
-            raise ValueError(f"it misses, or has of another shape: {_listed(self.unfit)}")
+            raise ValueError(f"{prefix}it misses, or has of another shape: {_listed(self.unfit)}")
 
     def __str__(self) -> str:
         parts = {"dropped": self.dropped, "missing": self.missing, "of another shape": self.shape}
-        some = [f"{len(names)} {part} ({_listed(names, len(names))})" for part, names in parts.items() if names]
+        some = [f"{len(names)} {part} ({', '.join(names)})" for part, names in parts.items() if names]
         return ", ".join([f"{len(self.matched)} tensors matched", *(some or ["nothing dropped, nothing missing"])])
 
 
-def _listed(names: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 # ---------------------------------------------------------------- weights of the reference
@@ -371,15 +431,13 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
 
 def _recognise(file: Path, content: Any) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
     """Node, number of classes and weights of the network that names and shapes tell, which is logged."""
-    refused = f"{file} was not written by bisenet: it has no 'bisenet' entry"
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{refused}, and it is no state dict of the reference: accepted are tensors by name")
-    weights: dict[str, Tensor] = {str(name).removeprefix(_PARALLEL): tensor for name, tensor in content.items()}
+    weights = {name.removeprefix(_PARALLEL): tensor for name, tensor in _state_dict(content).items()}
     node, classifier = _describe(weights)
     if classifier not in weights:
         raise ValueError(
-            f"{refused}, and its {len(weights)} tensors are of neither a BiSeNetV1 (cp.resnet.*, conv_out.conv_out.*) "
-            f"nor a BiSeNetV2 (detail.*, head.conv_out.*): {_listed(list(weights))}"
+            f"{file} was not written by bisenet (no 'bisenet' entry), nor is it a state dict of the reference's "
+            "BiSeNetV1 (cp.resnet.*, conv_out.conv_out.*) or BiSeNetV2 (detail.*, head.conv_out.*): "
+            f"{_listed(list(weights)) or 'no tensors by name'}"
         )
     n_classes = sum(weights[classifier].shape[:1])
     for aux in (True, False):  # auxiliary heads that are missing or incomplete are not needed to predict
@@ -387,15 +445,12 @@ def _recognise(file: Path, content: Any) -> tuple[dict[str, Any], int, dict[str,
         differences = _Differences(_shapes_of(node, n_classes), weights)
         if not differences.unfit:
             break
-    summary = ", ".join(str(value) if key == "_target_" else f"{key}={value}" for key, value in node.items())
-    try:
-        differences.require_fit()
-    except ValueError as error:
-        raise ValueError(f"{file}: its names are those of {summary}, but {error}") from None
+    summary = ", ".join(f"{key}={value}" for key, value in node.items())
+    differences.require_fit(f"{file}: its names are those of {summary}, but ")
     level = logging.WARNING if differences.dropped else logging.INFO
     renamed = sum(str(name).startswith(_PARALLEL) for name in content)
-    prefix = f"{renamed} renamed ({_PARALLEL!r} taken off), " if renamed else ""
-    log.log(level, "%s: %s, %d classes; %s%s", file, summary, n_classes, prefix, differences)
+    text = "%s: %s, %d classes; %d renamed (%r taken off), %s"
+    log.log(level, text, file, summary, n_classes, renamed, _PARALLEL, differences)
     return node, n_classes, {name: weights[name] for name in differences.matched}
 
 
@@ -429,25 +484,19 @@ def _describe(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
 def finetune(network: nn.Module, path: str | PathLike[str]) -> None:
     """Start a network from the weights of another: everything up to its heads, and of the heads what has their shape.
 
-    So another number of classes keeps all but the classifiers. What is kept, dropped and missing is logged.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file without weights of ours or of the reference, or of a network that differs before its heads.
+    So another number of classes keeps all but the classifiers. What is kept, dropped and missing is logged. A network
+    that differs before its heads is a ValueError, other errors are those of :func:`read`.
     """
-    file, content = _read_content(path)
-    weights = _own_weights(content) if _is_ours(content) else _recognise(file, content)[2]
+    file, content, weights = _read_content(path)
+    weights = _recognise(file, content)[2] if weights is None else weights
     differences = _Differences(network, weights)
     head_names: tuple[str, ...] = network.head_names  # type: ignore[assignment]
     heads = tuple(f"{head}." for head in head_names)
     if foreign := [name for name in differences.unfit if not name.startswith(heads)]:
-        raise ValueError(
-            f"finetune_from: {file} does not fit {type(network).__name__} before its heads: {_listed(foreign)}"
-        )
+        where = f"{type(network).__name__} before its heads"
+        raise ValueError(f"finetune_from: {file} does not fit {where}: {_listed(foreign)}")
     if any(_COUNTER in name for name in network.state_dict()) != any(_COUNTER in name for name in weights):
-        raise ValueError(
-            f"finetune_from: {file} and model.network.norm differ: one is inplace_abn, whose scale is |weight|"
-        )
+        raise ValueError(f"finetune_from: {file} and model.network.norm differ: one is inplace_abn (scale |weight|)")
     network.load_state_dict({name: weights[name] for name in differences.matched}, strict=False)
     log.info("finetune from %s: %s", file, differences)
 
@@ -461,8 +510,7 @@ def load_backbone(network: nn.Module, backbone: str, source: str, sha256: str | 
     Args:
         network: a new network.
         backbone: dotted name of the module; empty: the network itself.
-        source: path or URL of the file, as :func:`fetch` takes it.
-        sha256: its digest, likewise.
+        source, sha256: the file, as :func:`fetch` takes it.
 
     Raises:
         ValueError: no such module or file, a file of another kind, or one of which less than half fits.
@@ -472,7 +520,13 @@ def load_backbone(network: nn.Module, backbone: str, source: str, sha256: str | 
     except AttributeError as error:
         raise ValueError(f"backbone: got {backbone!r}, accepted: a module of the network ({error})") from None
     file = fetch(source, sha256)
-    given = {key: tensor for key, tensor in _flatten(read_tensors(file)).items() if not key.endswith(_COUNTER)}
+    content = read_tensors(file)
+    nested = {"": content, **content} if isinstance(content, dict) else {}
+    given = {
+        f"{part}.{key}".lstrip("."): tensor
+        for part, state in nested.items() if isinstance(state, dict)
+        for key, tensor in state.items() if isinstance(tensor, Tensor) and not str(key).endswith(_COUNTER)
+    }  # fmt: skip
     differences = _Differences(module, given)
     unused = differences.dropped + differences.shape
     summary = f"{file}: {len(differences.matched)} of its {len(given)} tensors fit {type(module).__name__}"
@@ -481,16 +535,6 @@ def load_backbone(network: nn.Module, backbone: str, source: str, sha256: str | 
         raise ValueError(f"{summary}. Accepted: weights of this network's backbone, or null to train from scratch")
     module.load_state_dict({key: given[key] for key in differences.matched}, strict=False)
     log.info("pretrained weights: %s", summary)
-
-
-def _flatten(content: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors by dotted name."""
-    if isinstance(content, Tensor):
-        return {prefix: content}
-    found: dict[str, Tensor] = {}
-    for key, value in content.items() if isinstance(content, Mapping) else ():
-        found |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def fetch(source: str, sha256: str | None = None) -> Path:
@@ -521,9 +565,7 @@ def fetch(source: str, sha256: str | None = None) -> Path:
         log.info("pretrained weights: %s has the sha256 %s; nothing to check it against", file, digest)
     elif not digest.startswith(expected):
         origin = "model.pretrained_sha256" if sha256 else "the end of its name"
-        remedy = (
-            "delete it to have it downloaded again" if url else "model.pretrained_sha256=<digest> takes it as it is"
-        )
+        remedy = "delete it to have it downloaded again, or set model.pretrained_sha256"
         raise ValueError(f"{file} has the sha256 {digest}, accepted after {origin}: {expected}...; {remedy}")
     return file
 
@@ -537,9 +579,7 @@ def _download(url: str, file: Path, sha256: str | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), sha256)
     except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{url} cannot be downloaded: {error}. Put the file into {file.parent}, or give its path instead of the "
-            "URL, or null to train from scratch"
-        ) from error
+        remedy = f"Put the file into {file.parent}, or give its path, or null to train from scratch"
+        raise ValueError(f"{url} cannot be downloaded: {error}. {remedy}") from error
     finally:
         socket.setdefaulttimeout(before)

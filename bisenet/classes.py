@@ -45,9 +45,7 @@ class SegmentationClass:
 class ClassTable:
     """The classes of a data set: file id, train id, name and colour of each, ignored ones included.
 
-    Raises:
-        ValueError: fewer than two classes to learn, a name or id used twice, or train ids that are not 0..n-1. The
-            message names the class.
+    Fewer than two classes to learn, a name or id used twice, or train ids that are not 0..n-1 are a ValueError.
     """
 
     name: str
@@ -64,22 +62,15 @@ class ClassTable:
             if repeated := [value for value, times in Counter(values).items() if times > 1]:
                 raise ValueError(f"classes: got the {key} {repeated[0]!r} more than once")
         if not 2 <= len(train_ids) <= 255:
-            advice = "; give the background a line of its own, since the mIoU of one class is always 100"
-            advice = advice if len(train_ids) == 1 else ""
-            raise ValueError(f"classes: got {len(train_ids)} to learn, accepted: 2 to 255{advice}")
+            accepted = "2 to 255 (give the background a line of its own)"
+            raise ValueError(f"classes: got {len(train_ids)} to learn, accepted: {accepted}")
         if train_ids != [*range(len(train_ids))]:
             raise ValueError(f"classes: got the train_ids {train_ids}, accepted: 0 to {len(train_ids) - 1}, each once")
 
     @cached_property
     def _learned(self) -> list[SegmentationClass]:
         """In the order of their train ids."""
-        learned = [entry for entry in self.classes if entry.train_id is not None]
-        return sorted(learned, key=lambda entry: entry.train_id or 0)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of train ids, the channels of the network's output."""
-        return len(self._learned)
+        return sorted((e for e in self.classes if e.train_id is not None), key=lambda entry: entry.train_id or 0)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -90,6 +81,11 @@ class ClassTable:
     def categories(self) -> tuple[str | None, ...]:
         """Category of each train id, in order."""
         return tuple(entry.category for entry in self._learned)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of train ids, the channels of the network's output."""
+        return len(self._learned)
 
     @cached_property
     def palette(self) -> np.ndarray:
@@ -109,11 +105,7 @@ class ClassTable:
 
     @cached_property
     def decode(self) -> np.ndarray:
-        """Train id -> the first file id of its class, uint8 (256,).
-
-        Everything else becomes the first ignored id of the table (Cityscapes: 0, unlabeled), or ``ignore_index`` where
-        the table ignores nothing.
-        """
+        """Train id -> the first file id of its class, uint8 (256,); all else -> the first ignored id, or 255."""
         void = next((entry.ids[0] for entry in self.classes if entry.train_id is None), self.ignore_index)
         return _lookup(np.full(256, void, np.uint8), {entry.train_id: entry.ids[0] for entry in self._learned})
 
@@ -133,7 +125,7 @@ class ClassTable:
             if other.train_id != entry.train_id:
                 raise ValueError(
                     f"class table {self.name!r}: the classes {other.name!r} and {entry.name!r} share the color "
-                    f"{list(entry.color)}; label files in colours need a color for each class that is not ignored"
+                    f"{list(entry.color)}; label files in colours need one for each class that is not ignored"
                 )
         codes = {code: 1 + int(self.encode[entry.ids[0]]) for code, entry in owners.items()}
         return _lookup(np.zeros(2**24, np.uint16), codes)
@@ -152,15 +144,12 @@ class ClassTable:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
-        """Build a table from plain Python.
+        """Build a table from plain Python: ``name`` and ``classes``.
 
-        ``table`` holds ``name`` and ``classes``. A class holds ``name``, ``ids`` (or a single ``id``) and optionally
-        ``color``, ``category``, and either ``train_id`` (null: ignored) or ``ignore`` (false by default; the classes
-        that are not ignored are then numbered in order). Without a ``color``, ignored classes are black and the others
-        take the colour of their train id + 1 in PASCAL VOC's colour map.
-
-        Raises:
-            ValueError: an unknown or missing key or a wrong value; the message names the class by its position.
+        A class holds ``name``, ``ids`` (or a single ``id``) and optionally ``color``, ``category``, and either
+        ``train_id`` (null: ignored) or ``ignore`` (false by default; classes that are not ignored are then numbered in
+        order). Without a ``color``, ignored classes are black and the others take that of their train id + 1 in PASCAL
+        VOC's map. A mistake is a ValueError that names the class by its position.
         """
         given = list(table) if isinstance(table, Mapping) else [table]
         if not {"name", "classes"} <= {*given} <= {"name", "classes", "ignore_index"}:
@@ -183,10 +172,7 @@ class ClassTable:
         """Load a table that comes with the package by its name, or one of your own by its path.
 
         A file is YAML or JSON in the form of :meth:`from_dict`, or only the list of its classes; the file's name is
-        then the table's.
-
-        Raises:
-            ValueError: no such table or file, or a mistake in it; the message names file and class.
+        then the table's. A mistake is a ValueError that names file and class.
         """
         path = _TABLES.get(str(name_or_path), Path(name_or_path))
         if not path.is_file():

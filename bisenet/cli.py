@@ -377,6 +377,9 @@ def resumed(cfg: DictConfig) -> DictConfig:
         raise ValueError(f"resume: {', '.join(refused)} may not change; accepted beside resume: {accepted}{longer}")
     stored = OmegaConf.load(Path(cfg.resume) / ".hydra" / "config.yaml")
     assert isinstance(stored, DictConfig)
+    from bisenet import checkpoint
+
+    checkpoint.require_known(OmegaConf.to_container(stored), list(cfg.trust))
     for key in keys:
         OmegaConf.update(stored, key, OmegaConf.select(cfg, key))
     return stored

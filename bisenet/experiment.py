@@ -294,17 +294,22 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     given: Any = None if cfg.data is None else OmegaConf.to_container(cfg.data, resolve=True)
     read = checkpoint.read(cfg.checkpoint, given)
     trust = list(cfg.trust)
-    cfg.data = given or read.hyper_parameters["data"]
+    cfg.data = given or read.data_node()
     for key, value in {"root": cfg.data_root, "workers": cfg.workers}.items():
-        cfg.data[key] = cfg.data[key] if value is None else value
+        cfg.data[key] = cfg.data.get(key) if value is None else value
     if given:
         data = build(cfg, "data", augment=[], seed=0)
     else:  # the node comes from a file
         node: Any = OmegaConf.to_container(cfg.data)
         dataset = partial(checkpoint.build, node.pop("dataset"), trust, checkpoint.DATASETS)
         known = inspect.signature(SegmentationDataModule).parameters
-        kept = {key: value for key, value in node.items() if key in known}
-        data = SegmentationDataModule(dataset, augment=[], seed=0, **kept)
+        kept: Any = {key: value for key, value in node.items() if key in known}
+        try:
+            data = SegmentationDataModule(
+                **kept | {"dataset": dataset, "classes": read.classes, "augment": [], "seed": 0}
+            )
+        except TypeError as error:
+            raise ValueError(f"{read.path}: data: {error}") from error
     segmenter = read.segmenter(build(cfg, "protocol") or None, trust)
     if data.table.names != segmenter.classes.names:
         raise ValueError(

@@ -33,26 +33,21 @@ _MERGES = ("mean_prob", "log_prob", "reference")
 Size = tuple[int, int]  # height and width in pixels
 
 
-def _require(ok: bool, name: str, value: object, accepted: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}: got {value!r}, accepted: {accepted}")
+def _require(*checks: tuple[str, object, bool, str]) -> None:
+    for name, value, ok, accepted in checks:
+        if not ok:
+            raise ValueError(f"{name}: got {value!r}, accepted: {accepted}")
 
 
 def _are_numbers(values: Any, low: float, high: float = math.inf, *, whole: bool = False) -> bool:
     """Whether ``values`` is a sequence of at least one number, all of them in [low, high]."""
     kinds = (int,) if whole else (int, float)
-    return bool(hasattr(values, "__len__") and len(values)) and all(
-        type(v) in kinds and low <= v <= high for v in values
-    )
+    return hasattr(values, "__len__") and len(values) > 0 and all(type(v) in kinds and low <= v <= high for v in values)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How an image becomes a prediction. The protocol's name is part of the name of every score.
-
-    Raises:
-        ValueError: a value that is not accepted; the message begins with its name.
-    """
+    """How an image becomes a prediction. The protocol's name is part of the name of every score."""
 
     scales: Sequence[float] = (1.0,)
     """The image is resized by each factor; the views are merged."""
@@ -78,18 +73,17 @@ class Protocol:
             value: Any = getattr(self, name) if self.crop or name == "scales" else None
             object.__setattr__(self, name, tuple(value) if hasattr(value, "__iter__") else value)
         in_pixels = _are_numbers(self.window, 32, whole=True) and len(self.window or ()) == 2
-        short = self.short_side
-        for name, ok, accepted in (
-            ("scales", _are_numbers(self.scales, _TINY, _HUGE), "at least one positive factor"),
-            ("flip", type(self.flip) is bool, "true or false"),
-            ("crop", type(self.crop) is bool, "true or false"),
-            ("size_multiple", _are_numbers([self.size_multiple], 1, whole=True), "an integer of at least 1"),
-            ("window", in_pixels or not self.crop, "with crop=true [height, width] in pixels, each at least 32"),
-            ("short_side", short is None or _are_numbers([short], 32, whole=True), "null or at least 32 pixels"),
-            ("stride", _are_numbers([self.stride], _TINY, 1), "a share of the window in (0, 1]"),
-            ("merge", self.merge in _MERGES, " | ".join(_MERGES)),
-        ):
-            _require(ok, name, getattr(self, name), accepted)
+        short, multiple = self.short_side, self.size_multiple
+        _require(
+            ("scales", self.scales, _are_numbers(self.scales, _TINY, _HUGE), "at least one positive factor"),
+            ("flip", self.flip, type(self.flip) is bool, "true or false"),
+            ("crop", self.crop, type(self.crop) is bool, "true or false"),
+            ("size_multiple", multiple, _are_numbers([multiple], 1, whole=True), "an integer of at least 1"),
+            ("window", self.window, in_pixels or not self.crop, "[height, width] in pixels, each at least 32"),
+            ("short_side", short, short is None or _are_numbers([short], 32, whole=True), "null or at least 32 pixels"),
+            ("stride", self.stride, _are_numbers([self.stride], _TINY, 1), "a share of the window in (0, 1]"),
+            ("merge", self.merge, self.merge in _MERGES, " | ".join(_MERGES)),
+        )
 
 
 class Tile(NamedTuple):
@@ -108,7 +102,7 @@ class Tile(NamedTuple):
 
 
 class View(NamedTuple):
-    """A size that the image is shown in, and the size that the scales of its protocol are relative to."""
+    """A size that the image is shown in, after another that the scales of its protocol are relative to."""
 
     start: Size
     size: Size
@@ -123,30 +117,10 @@ class Prediction(NamedTuple):
     """Network and merging. Tiles that protocols share are charged to each, as if it had been alone."""
 
 
-def view_size(size: Size, scale: float, multiple: int) -> Size:
-    """Size of a view: ``int(scale * size)``, rounded up to the multiple."""
-    height, width = (max(multiple, math.ceil(int(scale * side) / multiple) * multiple) for side in size)
-    return height, width
-
-
-def start_size(size: Size, short_side: int | None) -> Size:
-    """The image's size with a shorter side of so many pixels; the longer one is rounded down.
-
-    Departs: the reference also rounds the longer side of a square image, where ``int(short_side / w * h)`` may be one
-    pixel less than ``short_side`` in floating point; ours stays square.
-    """
-    if short_side is None:
-        return size
-    short = min(size)
-    height, width = (short_side if side == short else int(short_side / short * side) for side in size)
-    return height, width
-
-
 def windows(size: Size, window: Sequence[int], stride: float) -> list[Tile]:
     """Tiles of a window's size that cover a view.
 
-    They lie ``ceil(stride * window)`` apart, the last one shifted in. Where the view is smaller than the window, it is
-    centred in it.
+    They lie ``ceil(stride * window)`` apart, the last one shifted in. A smaller view is centred in its window.
     """
     spans: list[list[tuple[int, int]]] = []
     for side, length in zip(size, window, strict=True):
@@ -159,12 +133,22 @@ def windows(size: Size, window: Sequence[int], stride: float) -> list[Tile]:
 
 
 def views(protocol: Protocol, size: Size) -> Iterator[tuple[View, list[Tile]]]:
-    """Each view of an image, and its tiles that are not mirrored."""
-    start = start_size(size, protocol.short_side)
+    """Each view of an image, and its tiles. Whole views are ``int(scale * size)``, rounded up to ``size_multiple``.
+
+    Departs: with ``short_side`` the reference also rounds the longer side of a square image, which may become a pixel
+    shorter; ours stays square.
+    """
+    start, multiple = size, 1 if protocol.window else protocol.size_multiple
+    if (short := protocol.short_side) is not None:
+        height, width = (short if side == min(size) else int(short / min(size) * side) for side in size)
+        start = height, width
     for scale in protocol.scales:
-        shown = view_size(start, scale, 1 if protocol.window else protocol.size_multiple)
-        whole = [Tile(0, 0, *shown)]
-        yield View(start, shown), windows(shown, protocol.window, protocol.stride) if protocol.window else whole
+        height, width = (max(multiple, math.ceil(int(scale * side) / multiple) * multiple) for side in start)
+        tiles = [Tile(0, 0, height, width)]
+        if protocol.window:
+            tiles = windows((height, width), protocol.window, protocol.stride)
+        sides = [False, True] if protocol.flip else [False]
+        yield View(start, (height, width)), [tile._replace(mirrored=side) for tile in tiles for side in sides]
 
 
 def resize(x: Tensor, size: Size, *, align_corners: bool) -> Tensor:
@@ -181,8 +165,7 @@ def predict(
 
     Images are resized to their views with align_corners=True (to a ``short_side`` before that without), as are the
     scores of whole views before their softmax, and the probabilities of views in windows after it; in between the
-    logits are upsampled to the tile as the network's generation does it. One whole view needs no softmax, and its
-    classes are upsampled some at a time.
+    logits are upsampled to the tile as the network's generation does it. One whole view needs no softmax.
 
     Memory: beside the network's own, the sum of each protocol that has several views, (B, C, H, W) float32, and about
     three times the scores of the largest view; for one whole view about 1 GiB and 32 bytes a pixel.
@@ -195,36 +178,34 @@ def predict(
     """
     size: Size = (image.shape[-2], image.shape[-1])
     align_corners = bool(network.align_corners)
-    remaining = [list(views(protocol, size)) for protocol in protocols]
+    users: dict[View, list[tuple[int, list[Tile]]]] = {}
+    for i, protocol in enumerate(protocols):
+        for view, tiles in views(protocol, size):
+            users.setdefault(view, []).append((i, tiles))
+    left = [len(protocol.scales) for protocol in protocols]
     seconds = [0.0] * len(protocols)
     scores: dict[int, Tensor] = {}
     train_ids: dict[int, Tensor] = {}
-    for view in dict.fromkeys(view for of_protocol in remaining for view, _ in of_protocol):
-        users = [(i, tiles) for i, of_protocol in enumerate(remaining) for other, tiles in of_protocol if other == view]
-        shown = {i: _with_mirrored(tiles, protocols[i].flip) for i, tiles in users}
+    for view, wanted in users.items():
         started = _now(image)
         resized = resize(resize(image, view.start, align_corners=False), view.size, align_corners=True)
-        logits = _forward(network, resized, shown.values(), max_pixels_per_batch)
+        logits = _forward(network, resized, [tiles for _, tiles in wanted], max_pixels_per_batch)
         passed = _now(image) - started
-        for i, tiles in shown.items():
+        for i, tiles in dict(wanted).items():
             seconds[i] += passed * _pixels(tiles) / _pixels(logits)
-        for i, tiles in users:
+        for i, tiles in wanted:
             started, protocol = _now(image), protocols[i]
-            remaining[i].remove((view, tiles))
+            left[i] -= 1
             if len(protocol.scales) == 1 and not protocol.flip and not protocol.crop:
                 train_ids[i] = _classify(logits[tiles[0]], view.size, size, align_corners=align_corners)
             else:
                 merged = _merge(protocol, tiles, logits, view.size, size, align_corners=align_corners)
                 scores[i] = scores[i].add_(merged) if i in scores else merged
                 del merged  # it would last until the next one is made
-                if not remaining[i]:  # so that no more sums are held than must be
+                if not left[i]:  # so that no more sums are held than must be
                     train_ids[i] = scores.pop(i).argmax(dim=1)
             seconds[i] += _now(image) - started
     return [Prediction(train_ids[i], seconds[i]) for i in range(len(protocols))]
-
-
-def _with_mirrored(tiles: Sequence[Tile], flip: bool) -> list[Tile]:
-    return [tile._replace(mirrored=mirrored) for tile in tiles for mirrored in ([False, True] if flip else [False])]
 
 
 def _pixels(tiles: Iterable[Tile]) -> int:
@@ -240,11 +221,10 @@ def _now(tensor: Tensor) -> float:
 
 def _forward(network: nn.Module, view: Tensor, wanted: Iterable[Iterable[Tile]], max_pixels: int) -> dict[Tile, Tensor]:
     """Logits of every tile that is wanted, once, at the network's stride."""
-    by_size: dict[Size, list[Tile]] = {}
-    for tile in dict.fromkeys(tile for tiles in wanted for tile in tiles):
-        by_size.setdefault(tile.size, []).append(tile)
+    distinct = list(dict.fromkeys(tile for tiles in wanted for tile in tiles))
     logits: dict[Tile, Tensor] = {}
-    for size, tiles in by_size.items():
+    for size in dict.fromkeys(tile.size for tile in distinct):
+        tiles = [tile for tile in distinct if tile.size == size]
         most = max(1, max_pixels // (len(view) * math.prod(size)))
         for first in range(0, len(tiles), most):
             batch = tiles[first : first + most]
@@ -262,7 +242,7 @@ def _cut(view: Tensor, tile: Tile) -> Tensor:
 def _classify(logits: Tensor, view: Size, size: Size, *, align_corners: bool) -> Tensor:
     """Train ids (B, H, W) of one whole view: the argmax of its logits, upsampled to the view, then to the image.
 
-    Each class is upsampled by itself, so taking some at a time changes no bit, and bounds memory for large images.
+    Each class is upsampled by itself, so that taking some at a time bounds memory and changes no bit.
     """
     most = max(1, _SCORES_AT_A_TIME // (len(logits) * max(math.prod(view), math.prod(size))))
 
@@ -280,13 +260,7 @@ def _classify(logits: Tensor, view: Size, size: Size, *, align_corners: bool) ->
 
 
 def _merge(
-    protocol: Protocol,
-    tiles: Sequence[Tile],
-    logits: Mapping[Tile, Tensor],
-    view: Size,
-    size: Size,
-    *,
-    align_corners: bool,
+    protocol: Protocol, tiles: list[Tile], logits: dict[Tile, Tensor], view: Size, size: Size, *, align_corners: bool
 ) -> Tensor:
     """Scores (B, C, H, W) of one view, to be summed over the views of the protocol."""
     activation = F.log_softmax if protocol.merge == "log_prob" else F.softmax
@@ -307,7 +281,7 @@ def _merge(
     height, width = view
     some = logits[tiles[0]]
     total, times = some.new_zeros(*some.shape[:2], height, width), some.new_zeros(height, width)
-    for tile in tiles:
+    for tile in (tile for tile in tiles if not tile.mirrored):
         inside = (..., slice(max(tile.top, 0), tile.bottom), slice(max(tile.left, 0), tile.right))
         within = (..., slice(max(-tile.top, 0), height - tile.top), slice(max(-tile.left, 0), width - tile.left))
         part = score(tile)
@@ -326,16 +300,11 @@ class Segmenter(nn.Module):
     Args:
         network: returns ``SegmentationOutput`` before the last upsampling; has ``align_corners``.
         classes: class table of the data set it was trained on.
-        mean: RGB mean in [0, 1].
-        std: RGB standard deviation in (0, 1].
+        mean, std: of RGB values, mean in [0, 1] and standard deviation in (0, 1].
         protocols: name -> how an image becomes a prediction; the first is the one that :meth:`forward` and
             :meth:`predict` use. Names become part of scores and files.
         max_pixels_per_batch: bounds what is forwarded at a time, as in :func:`predict`.
-        precision: ``fp32``, or mixed with ``fp16`` or ``bf16``, of every prediction: also of those within a training
-            that has another.
-
-    Raises:
-        ValueError: a value that is not accepted; the message begins with its name.
+        precision: ``fp32``, or mixed with ``fp16`` or ``bf16``, of every prediction, also within a training.
     """
 
     mean: Tensor
@@ -353,14 +322,13 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         names_ok = len(protocols) > 0 and all(re.fullmatch(r"\w[\w.-]*", name) for name in protocols)
-        for name, value, ok, accepted in (
+        _require(
             ("mean", mean, len(mean) == 3 and _are_numbers(mean, 0, 1), "three values in [0, 1]"),
             ("std", std, len(std) == 3 and _are_numbers(std, _TINY, 1), "three values in (0, 1]"),
             ("protocol", list(protocols), names_ok, "at least one, each a name of letters, digits, '_', '-' and '.'"),
             ("max_pixels_per_batch", max_pixels_per_batch, max_pixels_per_batch >= 1, "an integer of at least 1"),
             ("precision", precision, precision in _AUTOCAST, " | ".join(_AUTOCAST)),
-        ):
-            _require(ok, name, value, accepted)
+        )
         self.network = network
         self.classes = classes
         self.normalization = {"mean": list(mean), "std": list(std)}
@@ -389,10 +357,7 @@ class Segmenter(nn.Module):
 
     @torch.inference_mode()
     def predict(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Segment one image of any size: (H, W, 3) uint8 RGB -> (H, W) uint8 train ids.
-
-        ``classes.names`` and ``classes.palette`` say what they mean. Another shape or dtype is a ValueError.
-        """
+        """Segment one image of any size: (H, W, 3) uint8 RGB -> (H, W) uint8 train ids, as ``classes`` names them."""
         if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or 0 in rgb.shape:
             raise ValueError(f"predict takes an RGB image (H, W, 3) of dtype uint8, got {rgb.shape} of {rgb.dtype}")
         was_training = self.training

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 PRACTICAL = (
     "data.root", "data.workers", "trainer.accelerator", "trainer.enable_progress_bar", "callbacks.progress", "logger",
-    "hydra", "run_dir",
+    "hydra", "run_dir", "trust",
 )  # fmt: skip
 """Keys that may differ when a run is continued: they cannot change its result."""
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

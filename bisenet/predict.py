@@ -1,17 +1,19 @@
-"""Images, folders, globs, videos and cameras in; overlays, masks and ids out."""
+"""Images, folders, globs, videos, cameras and streams in; overlays, masks and ids out."""
 
 import glob
+import itertools
 import logging
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
 
 import cv2
 import numpy as np
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+_KINDS = ("overlay", "palette", "train_ids", "label_ids")
 _CODEC = "mp4v"  # the one for .mp4 that opencv-python can encode; it has no H.264
 _LEGEND_ROWS = 4  # of a video, whose frames all have one size; with more classes the largest of a frame are named
 
@@ -41,41 +44,36 @@ class UnusableInput(ValueError):
 class Source:
     """One image or one stream of frames."""
 
-    origin: Path | int
-    """A file, or the index of a camera."""
+    origin: Path | int | str
+    """A file, the index of a camera, or the address of a stream."""
     name: Path
     """Where its outputs go, relative to the folder of their kind and without suffix."""
 
     @property
     def is_stream(self) -> bool:
         """Many frames rather than one."""
-        return isinstance(self.origin, int) or self.origin.suffix.lower() in _VIDEOS
+        return not isinstance(self.origin, Path) or self.origin.suffix.lower() in _VIDEOS
 
-    def open(self) -> cv2.VideoCapture:
-        """The stream."""
-        return cv2.VideoCapture(self.origin if isinstance(self.origin, int) else str(self.origin))
-
-    def announced(self, key: int) -> float:
-        """What a video file says of itself, a number of OpenCV's ``CAP_PROP``; 0 for a camera or where it is silent."""
-        if isinstance(self.origin, int):
-            return 0.0
-        capture = self.open()
-        value = capture.get(key)
-        capture.release()
-        return max(value, 0.0)
+    def __str__(self) -> str:
+        """For messages, without a password."""
+        kind = "stream" if isinstance(self.origin, str) else "camera" if isinstance(self.origin, int) else "video"
+        return f"{kind} {re.sub('//[^/]*@', '//', str(self.origin))}" if self.is_stream else str(self.origin)
 
 
-def find_sources(given: str, exclude: Path) -> list[Source]:
+def find_sources(given: str, exclude: Sequence[Path]) -> list[Source]:
     """What an ``input`` names, ordered by path. Hidden files (``.name``) are none, unless named themselves.
 
     Args:
-        given: an image, a video, a folder (all images and videos below it), a glob (``**`` goes through folders), or
-            the index of a camera.
-        exclude: folder of the outputs; what lies there is no input.
+        given: an image, a video, a folder (all images and videos below it), a glob (``**`` goes through folders), the
+            index of a camera, or the address of a stream (``rtsp://``, ``http://``), which is read as a video.
+        exclude: files and folders of the outputs; they are no inputs.
 
     Raises:
         FileNotFoundError: nothing there.
+        ValueError: a glob that leads out of its folder.
     """
+    if (url := urlparse(given)).netloc:
+        return [Source(given, Path(re.sub(r"[^\w.-]+", "-", f"{url.hostname}{url.path}").strip("-.")))]
     path = Path(given).expanduser()
     if given.isdecimal() and not path.exists():
         return [Source(int(given), Path(f"camera{given}"))]
@@ -84,13 +82,11 @@ def find_sources(given: str, exclude: Path) -> list[Source]:
     elif path.is_file():
         base, files = path.parent, [path]
     else:
-        plain = list(path.parts[:-1])
-        while any(map(glob.has_magic, plain)):
-            plain.pop()
+        plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])
         base, files = Path(*plain), [Path(p) for p in glob.glob(str(path), recursive=True)]
-    outputs = Path(os.path.realpath(exclude))
-    kept = (p for p in files if p.is_file() or not p.exists())  # a link to nothing is named when it is read
-    files = sorted(p for p in kept if outputs not in Path(os.path.realpath(p)).parents)
+    found = sorted(p for p in files if p.is_file() or not p.exists())  # a link to nothing is named when it is read
+    outputs = {os.path.realpath(p) for p in exclude}
+    files = [p for p in found if outputs.isdisjoint(map(str, ((q := Path(os.path.realpath(p))), *q.parents)))]
     if path.is_dir():
         others = Counter(p.suffix.lower() or p.name for p in files if p.suffix.lower() not in _IMAGES | _VIDEOS)
         if others:
@@ -98,22 +94,23 @@ def find_sources(given: str, exclude: Path) -> list[Source]:
             log.warning("%s: %d files of other formats are left out (%s)", path, others.total(), listed)
         files = [p for p in files if p.suffix.lower() in _IMAGES | _VIDEOS]
     if not files:
+        there = "only what lies among the outputs" if found else "nothing"
         raise FileNotFoundError(
-            f"input: nothing at {given!r}; accepted: an image ({' '.join(sorted(_IMAGES))}), a video "
-            f"({' '.join(sorted(_VIDEOS))}), a folder of them, a glob such as 'images/*.png', or a camera's index"
+            f"input: {there} at {given!r}; accepted: an image ({' '.join(sorted(_IMAGES))}), a video "
+            f"({' '.join(sorted(_VIDEOS))}), a folder of them, a glob such as 'images/*.png', a camera's index, or a "
+            "stream (rtsp://, http://)"
         )
     names = [p.relative_to(base).with_suffix("") for p in files]
+    if any(".." in name.parts for name in names):
+        raise ValueError(f"input: got {given!r}, accepted: a glob without '..' after its first wildcard")
     times = Counter(names)
     return [Source(p, p.relative_to(base) if times[name] > 1 else name) for p, name in zip(files, names, strict=True)]
 
 
 def read_image(path: Path, max_pixels: float = 1e8) -> np.ndarray:
-    """An image as RGB uint8 (H, W, 3), upright as its camera says.
+    """An image as RGB uint8 (H, W, 3), upright as its camera says, of up to ``max_pixels``.
 
-    Grey is repeated, alpha is left out, 16 bits are scaled to 8.
-
-    Raises:
-        UnusableInput: no image, a damaged one, one of another depth, or one of more than ``max_pixels``.
+    Grey is repeated, alpha is left out, 16 bits are scaled to 8. All else is :class:`UnusableInput`.
     """
     try:
         content = path.read_bytes()
@@ -131,6 +128,8 @@ def read_image(path: Path, max_pixels: float = 1e8) -> np.ndarray:
     if count > 1:
         log.warning("%s holds several images; the first is taken", path)
     if image.dtype == np.uint16:
+        if (largest := image.max()) < 2**12:
+            log.warning("%s: nearly black, its 16-bit values end at %d; scale 12-bit data to 16 bits", path, largest)
         image = np.rint(image / 257).astype(np.uint8)
     if image.dtype != np.uint8:
         raise UnusableInput(f"{path} holds {image.dtype} values; accepted: 8 or 16 bits per channel")
@@ -159,7 +158,7 @@ class Predictions:
     """Images or videos to segment, and what is written of them. Everything is checked before a model is needed.
 
     Args:
-        input: an image, a video, a folder, a glob or a camera's index, see :func:`find_sources`.
+        input: an image, a video, a folder, a glob, a camera's index or a stream, see :func:`find_sources`.
         folder: where the outputs go.
         overlay: the image under the colours of its classes: ``overlay/<name>.jpg``, of a video ``.mp4``.
         palette: coloured PNG whose values are the train ids: ``palette/<name>.png``; of a video a folder of frames, as
@@ -169,7 +168,7 @@ class Predictions:
         legend: name the classes below each overlay, and all of them in ``legend.png``.
         alpha: weight of the colours in the overlay, in [0, 1].
         overwrite: replace outputs that exist.
-        max_frames: stop each video or camera after so many frames; None: at its end, for a camera Ctrl-C.
+        max_frames: stop each video, camera or stream after so many frames; None: at its end or by Ctrl-C.
         max_pixels: a larger image is refused before it is decoded.
 
     Raises:
@@ -201,25 +200,23 @@ class Predictions:
             if not ok:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, accepted: {accepted}")
         self.folder = Path(self.folder).expanduser()
-        self.sources = find_sources(str(self.input), exclude=self.folder)
+        outputs = [self.folder / name for name in (*_KINDS, "legend.png")]
+        self.sources = find_sources(str(self.input), exclude=outputs)
         targets = [target for source in self.sources for target in self.targets(source).values()]
         folders = {target for source in self.sources if source.is_stream for target in self.targets(source).values()}
         times = Counter(targets)
         if doubled := [target for target in targets if times[target] > 1 or not folders.isdisjoint(target.parents)]:
-            raise ValueError(
-                f"input: several files would be written to {doubled[0]}; accepted: predict them one by one"
-            )
+            raise ValueError(f"input: several would be written to {doubled[0]}; accepted: predict them one by one")
         existing = [str(target) for target in targets if target.exists()]
         if existing and not self.overwrite:
-            more = f" and {len(existing) - 3} more" if len(existing) > 3 else ""
             raise FileExistsError(
-                f"output: {', '.join(existing[:3])}{more} exist; accepted: another output, or overwrite=true"
+                f"output: {len(existing)} exist, such as {existing[0]}; accepted: another output, or overwrite=true"
             )
 
     @property
     def kinds(self) -> list[str]:
         """What is written, a folder each."""
-        return [kind for kind in ("overlay", "palette", "train_ids", "label_ids") if getattr(self, kind)]
+        return [kind for kind in _KINDS if getattr(self, kind)]
 
     def targets(self, source: Source) -> dict[str, Path]:
         """What is written of each kind: a file; of the masks of a stream, a folder of numbered files."""
@@ -230,7 +227,7 @@ class Predictions:
     def run(self, segmenter: "Segmenter") -> list[str]:
         """Segment every source and write.
 
-        A stream ends early where its file does; what came before is kept. Ctrl-C ends a camera.
+        A stream ends early where its file does; what came before is kept. Ctrl-C ends a camera or a stream.
 
         Returns:
             One message for each source that could not be read or segmented, naming it; all others are written.
@@ -242,24 +239,23 @@ class Predictions:
         problems: list[str] = []
         frames, network_seconds, started = 0, 0.0, time.perf_counter()
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-            lengths = [self._length(source) for source in self.sources]
-            bar = progress.add_task("frames", total=None if None in lengths else sum(filter(None, lengths)))
+            bar = progress.add_task("frames", total=len(self.sources))
             for source in self.sources:
                 try:
                     with closing(_Outputs(source, classes, self)) as outputs:
-                        for rgb in self._frames(source):
+                        for rgb, rate in self._frames(source, progress):
                             before = time.perf_counter()
                             mask = _segment(segmenter, rgb, source)
                             network_seconds += time.perf_counter() - before
-                            outputs.write(rgb, mask)
+                            outputs.write(rgb, mask, rate)
                             frames += 1
                             progress.advance(bar)
                 except UnusableInput as error:
                     problems.append(str(error))
                     log.error("skipped: %s", error)
-                    progress.advance(bar, 0 if source.is_stream else 1)
+                    progress.advance(bar, not source.is_stream)
                 except KeyboardInterrupt:
-                    if not isinstance(source.origin, int):
+                    if isinstance(source.origin, Path):
                         raise
         seconds = time.perf_counter() - started
         log.info(
@@ -269,30 +265,28 @@ class Predictions:
         )  # fmt: skip
         return problems
 
-    def _length(self, source: Source) -> int | None:
-        """Number of frames as far as it is known."""
-        if isinstance(source.origin, int):
-            return self.max_frames
-        frames = int(source.announced(cv2.CAP_PROP_FRAME_COUNT)) if source.is_stream else 1
-        return frames if self.max_frames is None else min(frames, self.max_frames)
-
-    def _frames(self, source: Source) -> Iterator[np.ndarray]:
-        """RGB uint8 (H, W, 3) each."""
+    def _frames(self, source: Source, progress: Progress) -> Iterator[tuple[np.ndarray, float]]:
+        """RGB uint8 (H, W, 3) each, and how many make a second."""
         if isinstance(source.origin, Path) and not source.is_stream:
-            yield read_image(source.origin, self.max_pixels)
+            yield read_image(source.origin, self.max_pixels), 0.0
             return
-        capture, number = source.open(), 0
-        name = f"{'camera' if isinstance(source.origin, int) else 'video'} {source.origin}"
+        capture, number = cv2.VideoCapture(source.origin if isinstance(source.origin, int) else str(source.origin)), 0
+        pixels = capture.get(cv2.CAP_PROP_FRAME_WIDTH) * capture.get(cv2.CAP_PROP_FRAME_HEIGHT)
+        announced, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
+        announced = min(announced, self.max_frames or announced)
+        progress.tasks[0].total += max(announced - 1, 0)  # type: ignore[operator]
         try:
-            while (self.max_frames is None or number < self.max_frames) and (decoded := capture.read())[0]:
-                yield cv2.cvtColor(decoded[1], cv2.COLOR_BGR2RGB)
+            if pixels > self.max_pixels:
+                raise UnusableInput(f"{source} has {pixels / 1e6:.0f} megapixels; accepted: {self.max_pixels / 1e6:g}")
+            while number != self.max_frames and (decoded := capture.read())[0]:
+                yield cv2.cvtColor(decoded[1], cv2.COLOR_BGR2RGB), rate if 0 < rate < 1000 else 25.0
                 number += 1
         finally:
             capture.release()
         if number == 0:
-            raise UnusableInput(f"{name} cannot be read: not there, damaged, or of an unknown codec")
-        if (announced := self._length(source)) is not None and number < announced:
-            log.warning("%s ended after %d of the %d frames that it announces", name, number, announced)
+            raise UnusableInput(f"{source} cannot be read: not there, damaged, or of an unknown codec")
+        if number < announced:
+            log.warning("%s ended after %d of the %d frames that it announces", source, number, announced)
 
 
 def _segment(segmenter: "Segmenter", rgb: np.ndarray, source: Source) -> np.ndarray:
@@ -301,7 +295,7 @@ def _segment(segmenter: "Segmenter", rgb: np.ndarray, source: Source) -> np.ndar
     except (RuntimeError, MemoryError) as error:  # of the allocator or the device; a smaller image may fit
         line = str(error).partition("\n")[0] or type(error).__name__
         size = f"{rgb.shape[0]} x {rgb.shape[1]} pixels"
-        raise UnusableInput(f"{source.origin} cannot be segmented ({size}): {line}") from error
+        raise UnusableInput(f"{source} cannot be segmented ({size}): {line}") from error
 
 
 class _Outputs:
@@ -321,11 +315,11 @@ class _Outputs:
             self.video.release()
             os.replace(_draft(self.targets["overlay"]), self.targets["overlay"])
 
-    def write(self, rgb: np.ndarray, mask: np.ndarray) -> None:
-        """Write one frame: RGB uint8 (H, W, 3) and train ids, uint8 (H, W)."""
+    def write(self, rgb: np.ndarray, mask: np.ndarray, rate: float) -> None:
+        """Write one frame: RGB uint8 (H, W, 3) and train ids, uint8 (H, W); ``rate`` of them make a second."""
         for kind, target in self.targets.items():
             if kind == "overlay" and self.source.is_stream:
-                self._write_frame(self._draw(rgb, mask), target)
+                self._write_frame(self._draw(rgb, mask), target, rate)
             elif kind == "overlay":
                 _write_file(target, _encode(self._draw(rgb, mask), ".jpg"))
             else:
@@ -351,18 +345,16 @@ class _Outputs:
             shown = np.arange(len(names)) if len(names) <= rows * columns else largest[counts[largest] > 0]
         return np.vstack([drawn, legend(names, palette, sorted(map(int, shown)), rgb.shape[1], rows)])
 
-    def _write_frame(self, frame: np.ndarray, target: Path) -> None:
+    def _write_frame(self, frame: np.ndarray, target: Path, rate: float) -> None:
         height, width = (side + side % 2 for side in frame.shape[:2])  # the codec halves the colours
         if self.video is None:
             target.parent.mkdir(parents=True, exist_ok=True)
-            rate = self.source.announced(cv2.CAP_PROP_FPS)
-            rate = rate if 0 < rate < 1000 else 25.0
             video = cv2.VideoWriter(str(_draft(target)), cv2.VideoWriter.fourcc(*_CODEC), rate, (width, height))
             if not video.isOpened():
                 raise OSError(f"{target} cannot be written: OpenCV has no encoder for {_CODEC} here, or no place")
             self.video, self.size = video, (height, width)
         if (height, width) != self.size:  # OpenCV would leave the frame out and say nothing
-            raise UnusableInput(f"{self.source.origin}: frame {self.number} has another size than the first")
+            raise UnusableInput(f"{self.source}: frame {self.number} has another size than the first")
         below, right = height - frame.shape[0], width - frame.shape[1]
         frame = cv2.copyMakeBorder(frame, 0, below, 0, right, cv2.BORDER_REPLICATE)
         self.video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))

@@ -1,6 +1,10 @@
 """Shared by all tests: repeatable hypothesis, small data sets, and where the real data is."""
 
 import os
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,17 @@ def camvid() -> Path:
     if not (_CAMVID / "train.txt").is_file():
         pytest.skip(f"no CamVid at {_CAMVID}; set BISENET_CAMVID")
     return _CAMVID
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """Address and folder of a web server on this machine."""
+    (tmp_path / "www").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}", tmp_path / "www"
+        served.shutdown()
 
 
 TRAIN_FAST = ["data.batch_size=4", "data.workers=0", "augment.crop.size=[64,128]", "trainer.max_steps=2",

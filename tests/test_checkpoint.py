@@ -6,6 +6,7 @@ on them alone, so that the logits recorded of the reference itself are what a lo
 
 import ast
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -13,24 +14,22 @@ import pickle
 import re
 import subprocess
 import sys
-import threading
 import time
 import zipfile
-from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import composed
+from omegaconf import OmegaConf
 from test_networks import RECORDED, REFERENCES, filling, images, logits_of
 from torch import Tensor, nn
 
 import bisenet
 from bisenet import checkpoint
-from bisenet.checkpoint import DATASETS, build, fetch, load_backbone
+from bisenet.checkpoint import DATASETS, build, fetch, load_backbone, require_known
 from bisenet.classes import ClassTable, SegmentationClass
 from bisenet.inference import Protocol, Segmenter
 from bisenet.networks import BiSeNetV1, BiSeNetV2
@@ -38,6 +37,7 @@ from bisenet.networks import BiSeNetV1, BiSeNetV2
 ROOT = Path(__file__).parents[1]
 OLD = Path(__file__).parent / "data" / "before_the_house.ckpt"
 SMALL = {"_target_": "bisenet.networks.BiSeNetV2", "width_multiplier": 0.125, "aux": False}
+FACTS = {"name": "a", "mean": [0.1] * 3, "std": [0.2] * 3, "eval_window": [64, 64], "eval_short_side": None}
 DATA = {"classes": "cityscapes", "mean": [0.1] * 3, "std": [0.2] * 3}
 
 
@@ -87,14 +87,15 @@ def test_a_checkpoint_gives_back_what_was_saved_whatever_its_training_keys_are(f
     assert loaded.protocols == segmenter.protocols
     assert torch.equal(loaded.mean, segmenter.mean)
     assert np.array_equal(loaded.predict(rgb), segmenter.predict(rgb))
-    other = checkpoint.load(file, protocols={"half": Protocol((0.5,))})
+    other = found.segmenter({"half": Protocol((0.5,))})
     assert list(other.protocols) == ["half"]
 
     (file.parent / "run" / "checkpoints").mkdir(parents=True)
     last = file.parent / "run" / "checkpoints" / "last.ckpt"
     checkpoint.write(last, segmenter.network.state_dict(), 7, content_of(segmenter)["bisenet"], {})
     assert checkpoint.read(file.parent / "run").step == 7
-    assert np.array_equal(bisenet.load(file.parent / "run").predict(rgb), segmenter.predict(rgb))
+    for place in (file.parent / "run", last.parent, last):
+        assert np.array_equal(bisenet.load(place).predict(rgb), segmenter.predict(rgb))
 
 
 def test_a_checkpoint_of_before_the_house_predicts_and_knows_its_data_set() -> None:
@@ -132,6 +133,9 @@ def attacks(marker: Path) -> list[dict[str, Any]]:
     np.save(marker.parent / "code.npy", np.array([Touch(marker)], object), allow_pickle=True)
     torch.save(Touch(marker), marker.parent / "code.pt")
     folder = str(marker.parent)
+    deep: Any = "x"
+    for _ in range(30):
+        deep = [deep] * 30  # few bytes, since each list is stored once
     calls = [
         {"_target_": "torch.hub.load", "repo_or_dir": folder, "model": "net", "source": "local"},
         {"_target_": "torch.load", "f": f"{folder}/code.pt", "weights_only": False},
@@ -141,12 +145,14 @@ def attacks(marker: Path) -> list[dict[str, Any]]:
         {"_target_": "bisenet.checkpoint.build"},
         {"_target_": "bisenet.networks.bisenetv2.nn.Module"},
         {"_target_": ["bisenet.networks.BiSeNetV2"]},
+        {"_target_": deep},
         {},
     ]
     nested = [SMALL | {"aux": call} for call in calls[:4]] + [SMALL | {"aux": [[call]]} for call in calls[:1]]
     plain = [
-        {"generation": "${oc.env:HOME}"}, {"depth_multiplier": 10**6}, {"width_multiplier": float("nan")},
-        {"aux": [[[[1]]]]}, {"aux": [0] * 65}, {"generation": "x" * 5000}, {"_args_": [1]}, {"colour": 3},
+        {"generation": "${oc.env:HOME}"}, {"aux": deep}, {"depth_multiplier": 10**6},
+        {"width_multiplier": float("nan")},
+        {"aux": [[[[1]]]]}, {"aux": [0] * 2000}, {"generation": "x" * 5000}, {"_args_": [1]}, {"colour": 3},
     ]  # fmt: skip
     return [*calls, *nested, *(SMALL | arguments for arguments in plain), SMALL | {"width_multiplier": 64}]
 
@@ -204,7 +210,7 @@ def test_a_class_of_ones_own_is_built_with_trust_alone(file: Path, monkeypatch: 
 def test_a_data_set_is_built_under_the_same_rule() -> None:
     for name in ("torch.hub.load", "bisenet.networks.BiSeNetV2", "bisenet.data.datamodule.Path"):
         with pytest.raises(ValueError, match=rf"got '{name}', accepted: bisenet\.data\.Cityscapes"):
-            partial(build, {"_target_": name, "_partial_": True}, (), DATASETS)("root")
+            functools.partial(build, {"_target_": name, "_partial_": True}, (), DATASETS)("root")
     with pytest.raises(ValueError, match=r"lists\.train: got"):
         build({"_target_": "bisenet.data.Listed", "lists": {"train": "${oc.env:HOME}"}}, (), DATASETS, "root")
 
@@ -213,13 +219,60 @@ def test_a_data_set_is_built_under_the_same_rule() -> None:
     "portable",
     [
         {"format": 3}, {"network": None}, {"classes": {}}, {"protocols": {"../ss": {}}}, {"protocols": 3},
-        {"protocols": {"ss": {"x": 1}}}, {"data": {"mean": [0.1], "std": [1]}}, {"data": {}},
+        {"protocols": {"ss": {"x": 1}}}, {"data": {"mean": [0.1], "std": [1]}}, {"data": {}}, {"format": None},
+        {"data": {**FACTS, "eval_window": "${oc.env:HOME}"}}, {"protocols": {"ss": {"merge": "${x:y}"}}},
+        {"classes": {"name": "a", "classes": [{"name": functools.reduce(lambda x, _: [x] * 30, range(30), 1)}]}},
     ],
 )  # fmt: skip
 def test_a_checkpoint_that_makes_no_sense_is_refused_by_name(portable: dict[str, Any], file: Path) -> None:
     torch.save(content_of(small_segmenter(), **portable), file)
     with pytest.raises(ValueError, match=re.escape(str(file))):
         bisenet.load(file)
+
+
+@pytest.mark.parametrize("state", [None, [], {}, {"a": 3}, {3: torch.zeros(2)}, {"a": torch.eye(3).to_sparse()}])
+def test_weights_that_are_none_are_refused_by_name(state: Any, file: Path) -> None:
+    torch.save(content_of(small_segmenter()) | {"state_dict": state}, file)
+    for read in (bisenet.load, functools.partial(checkpoint.finetune, BiSeNetV2(5))):
+        with pytest.raises(ValueError, match=rf"{file} is no checkpoint of bisenet, or .*: it has no state_dict"):
+            read(file)
+    torch.save({"bisenet": {}}, file)
+    with pytest.raises(ValueError, match="it has no state_dict"):
+        bisenet.load(file)
+    torch.save(content_of(small_segmenter()) | {"bisenet": {}}, file)
+    with pytest.raises(ValueError, match=rf"{file} is no checkpoint of bisenet, or a damaged one: it has no 'config'"):
+        bisenet.load(file)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "does not say what it was trained on"), ({"root": "a"}, "does not say what it was trained on"),
+        ({"root": "${oc.env:HOME}", "dataset": {}}, r"data.root: got '\$\{oc.env:HOME\}', accepted from a file"),
+        ({"root": "a", "dataset": {}, "workers": {"_target_": "os.getcwd"}}, "data.workers: got {'_target_'"),
+    ],
+)  # fmt: skip
+def test_the_data_set_of_a_file_is_plain(data: Any, message: str, file: Path) -> None:
+    torch.save(content_of(small_segmenter()) | {"hyper_parameters": {"data": data}}, file)
+    with pytest.raises(ValueError, match=f"{file}.*{message}"):
+        checkpoint.read(file).data_node()
+
+
+def test_a_run_that_is_resumed_names_only_what_is_known_or_trusted(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "mynet.py").write_text("from torch.hub import load\ndef make(): pass\nclass Net: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    stored = OmegaConf.to_container(composed("logger=[csv,wandb]", "experiment=camvid"), resolve=False)
+    stored = {**stored, "optimizer": {"_target_": "torch.optim.Adam"}}  # type: ignore[dict-item]
+    require_known(stored)
+    foreign = ["torch.hub.load", "bisenet.launch.run", "hydra.utils.get_method", "mynet.Net", "mynet.make",
+               "torch.optim.lr_scheduler.warnings.warn", "${oc.env:HOME}", 3]  # fmt: skip
+    nodes = [{"_target_": name} for name in foreign] + [{"a": "${oc.env:HOME}"}, {"a": "x${${b}:HOME}"}]
+    for node in nodes:
+        with pytest.raises(ValueError, match=r"^_target_: got .*, accepted: what conf/ names; .* trust="):
+            require_known({**stored, "callbacks": {"mine": [{"deep": node}]}})
+    require_known([nodes[3], nodes[4], nodes[-2]], trust=["mynet", "oc.env"])
+    with pytest.raises(ValueError, match=r"got mynet\.load, accepted: what is defined in what is trusted"):
+        require_known({"_target_": "mynet.load"}, trust=["mynet"])
 
 
 def test_one_flipped_bit_is_noticed(file: Path) -> None:
@@ -256,9 +309,7 @@ def test_an_archive_that_grows_is_refused_before_it_is_unpacked(file: Path, monk
                 entry.write(bytes(2**22))
     started = time.perf_counter()
     for reader in (bisenet.load, lambda path: load_backbone(nn.Linear(2, 2), "", str(path))):
-        with pytest.raises(
-            ValueError, match=r"its entry bomb/data\.pkl is compressed; accepted: entries that are stor"
-        ):
+        with pytest.raises(ValueError, match=r"its entry bomb/data\.pkl is compressed; accepted: stored ones"):
             reader(file)
     assert time.perf_counter() - started < 1
     torch.save({"a": torch.zeros(3)}, file)
@@ -275,7 +326,7 @@ def test_a_file_that_holds_more_than_tensors_is_refused_without_advice_to_run_it
     torch.save({"a": torch.zeros(3)}, file)
     whole = file.read_bytes()
     expected = {"network": "it wants torch.nn.modules.linear.Linear, which is code; accepted: a state dict saved by",
-                "system": "it wants posix.mkdir, which is code", "script": "it wants TorchScript, which is code",
+                "system": "it wants posix.mkdir, which is code", "script": "is compressed; accepted: stored ones",
                 "pickle": "UnpicklingError: Unsupported operand", "empty": "EOFError", "text": "KeyError: 101",
                 "truncated": "RuntimeError: PytorchStreamReader failed"}  # fmt: skip
     if kind == "script":
@@ -320,7 +371,7 @@ def test_the_data_set_is_that_of_the_person_who_loads(file: Path) -> None:
     assert (model.mean == 0.1 * 255).all()
     assert model.protocols == {"ss": Protocol(short_side=64)}
     for data, message in {
-        "cityscapes": r"data\.classes: 'cityscapes' has 19 classes.* for 171; accepted",
+        "cityscapes": r"data\.classes: 'cityscapes' has 19, accepted for .*: 171",
         "nowhere": r"data: got 'nowhere', accepted: .*camvid",
         None: "weights for 171 classes and nothing else; accepted: the data set",
     }.items():
@@ -374,9 +425,9 @@ def test_what_was_matched_renamed_and_dropped_is_reported(file: Path, caplog: py
 def test_files_that_do_not_fit_are_refused_by_name(file: Path) -> None:
     v1, v2 = published("bisenetv1"), published("bisenetv2")
     for content, message in (
-        ({}, "no state dict"),
-        ({"epoch": 3, "model": v1}, "no state dict"),
-        ({k: v for k, v in v1.items() if k.startswith("cp.")}, "neither a BiSeNetV1"),
+        ({}, "no tensors by name"),
+        ({"epoch": 3, "model": v1}, "no tensors by name"),
+        ({k: v for k, v in v1.items() if k.startswith("cp.")}, "nor is it a state dict of the reference"),
         ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "conv1.weight"),
         ({k: v for k, v in v2.items() if "S5_5.conv_last" not in k}, "segment.S5_5.conv_last.conv.weight"),
         (v1 | {"sp.conv2.conv.weight": torch.zeros(64, 64, 5, 5)}, "sp.conv2.conv.weight [64, 64, 5, 5] for [64, "),
@@ -480,17 +531,6 @@ def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path / "torch" / "hub" / "checkpoints"
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """Address and folder of a web server on this machine."""
-    (tmp_path / "www").mkdir()
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
-        threading.Thread(target=served.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{served.server_port}", tmp_path / "www"
-        served.shutdown()
 
 
 def test_a_url_is_downloaded_once_and_a_wrong_download_is_not_kept(cache: Path, server: tuple[str, Path]) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch.nn.functional import interpolate, pad
 from bisenet import conf_dir, inference
 from bisenet.classes import ClassTable
 from bisenet.inference import Protocol, Segmenter, predict, resize
-from bisenet.networks import BiSeNetV2, SegmentationOutput
+from bisenet.networks import BiSeNetV1, BiSeNetV2, SegmentationOutput, blocks
 
 CLASSES = ClassTable.load("camvid")
 
@@ -185,21 +186,6 @@ def test_what_protocols_share_is_forwarded_once_and_alters_none(
         assert found.seconds > 0
 
 
-def test_the_presets_share_most_of_their_views() -> None:
-    """At the size of Cityscapes, a 16th: what each would forward alone and what all forward together."""
-    presets = all_presets(window=[64, 64])
-    network, image = Patches(), torch.zeros(1, 3, 64, 128)
-    areas = {}
-    for names in [[name] for name in presets] + [list(presets)]:
-        network.seen.clear()
-        predict(network, image, [presets[name] for name in names], 10**9)
-        areas["+".join(names)] = sum(n * h * w for n, _, h, w in network.seen) / (64 * 128)
-    together = areas.pop("+".join(presets))
-    assert areas["ss"] == 1
-    assert areas["mscf"] == 37  # 74 windows of half the image
-    assert together < sum(areas.values()) - 10
-
-
 def all_presets(window: list[int]) -> dict[str, Protocol]:
     presets: dict[str, Protocol] = {}
     for name in ("ss", "half", "ssc", "msf", "mscf", "mscf_older"):
@@ -250,6 +236,26 @@ def test_taking_some_classes_at_a_time_bounds_memory_and_changes_no_label(
         (some,) = predict(network, image, [Protocol()], 10**9)
         assert torch.equal(some.train_ids, whole.train_ids)
         assert max(held) <= max(most, 2 * 96 * 96)
+
+
+@pytest.mark.parametrize("make", [BiSeNetV1, partial(BiSeNetV1, structure="u_shape"), BiSeNetV2])
+def test_a_large_image_passes_in_strips_and_has_the_same_labels(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network, image, sizes = make(5).eval(), torch.randn(1, 3, 331, 90), list[int]()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            module.register_forward_hook(lambda _, __, out: sizes.append(out.numel()))
+    with torch.inference_mode():
+        whole, largest = network(image).logits, max(sizes)
+        sizes.clear()
+        monkeypatch.setattr(blocks, "STRIP", 4000)
+        strips = network(image).logits
+    torch.testing.assert_close(strips, whole, rtol=0, atol=1e-4)
+    assert torch.equal(strips.argmax(1), whole.argmax(1))
+    assert max(sizes) < largest / 2
+    assert network.train()(torch.cat([image] * 2)).logits.shape == (2, 5, 42, 12)  # whole, for the norms
 
 
 _MEMORY = """

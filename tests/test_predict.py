@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import save
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -39,12 +40,6 @@ def many_classes(count: int) -> ClassTable:
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     coarse = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
     return np.ascontiguousarray(np.kron(coarse, np.ones((8, 8, 1), np.uint8))[:height, :width])
-
-
-def save(path: Path, pixels: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
 
 
 def video(path: Path, frames: int, size: tuple[int, int] = (64, 96)) -> Path:
@@ -83,7 +78,7 @@ def test_inputs_are_a_file_a_folder_a_glob_or_a_camera(tmp_path: Path, caplog: p
     save(images / "out" / "old.png", noise(8, 8))
 
     def found(given: object) -> dict[Any, str]:
-        return {s.origin: s.name.as_posix() for s in find_sources(str(given), exclude=images / "out")}
+        return {s.origin: s.name.as_posix() for s in find_sources(str(given), exclude=[images / "out"])}
 
     assert found(a) == {a: "a"}
     assert found(images) == {a: "a", clip: "clip", b: "deep/b"}
@@ -92,12 +87,24 @@ def test_inputs_are_a_file_a_folder_a_glob_or_a_camera(tmp_path: Path, caplog: p
     assert found(images / "**" / "*.JPG") == {b: "deep/b"}
     assert found(images / "*.??*") == {a: "a", clip: "clip", images / "notes.txt": "notes"}
     assert found("3") == {3: "camera3"}
-    assert [s.is_stream for s in find_sources(str(images), exclude=tmp_path / "x")] == [False, True, False, False]
+    assert [s.is_stream for s in find_sources(str(images), exclude=[])] == [False, True, False, False]
     twin = save(images / "a.jpg", noise(8, 8))
     assert {found(images)[path] for path in (a, twin)} == {"a.png", "a.jpg"}
-    for nothing in (tmp_path / "nowhere.png", tmp_path / "*.png", images / "out"):
-        with pytest.raises(FileNotFoundError, match=r"input: nothing at .*accepted: an image"):
-            found(nothing)
+    nothing = {tmp_path / "nowhere.png": "nothing", tmp_path / "*.png": "nothing"}
+    for place, what in {**nothing, images / "out": "only what lies among the outputs"}.items():
+        with pytest.raises(FileNotFoundError, match=rf"input: {what} at .*accepted: an image"):
+            found(place)
+    with pytest.raises(ValueError, match=r"accepted: a glob without '\.\.' after its first wildcard"):
+        found(images / "*" / ".." / ".." / "in" / "*.png")
+
+
+def test_outputs_are_never_inputs_and_may_lie_beside_them(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", noise(16, 16))
+    for place in (tmp_path / "a.png", tmp_path, tmp_path / "*.png"):
+        assert [s.origin for s in Predictions(place, tmp_path, overwrite=True).sources] == [tmp_path / "a.png"]
+        assert run(place, tmp_path, overwrite=True) == []
+    with pytest.raises(FileNotFoundError, match="only what lies among the outputs"):
+        run(tmp_path / "overlay", tmp_path, overwrite=True)
 
 
 def test_grey_alpha_palette_and_16_bits_are_read_as_rgb(tmp_path: Path) -> None:
@@ -160,6 +167,12 @@ def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     save(tmp_path / "in" / "b.png", noise(16, 17))
     (problem,) = run(tmp_path / "in", tmp_path / "out", max_pixels=256)
     assert "b.png has 17 x 16" in problem
+
+
+def test_12_bits_in_16_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cv2.imwrite(str(tmp_path / "dark.png"), noise(8, 8).astype(np.uint16) * 16)
+    assert read_image(tmp_path / "dark.png").max() < 16
+    assert "dark.png: nearly black, its 16-bit values end at" in caplog.text
 
 
 def test_the_pages_of_a_tiff_after_the_first_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -264,7 +277,9 @@ def test_nothing_that_exists_is_replaced_unless_asked(tmp_path: Path) -> None:
     mine = out / "train_ids" / "a.png"
     mine.write_text("mine")
     (out / "overlay" / "a.jpg").unlink()
-    with pytest.raises(FileExistsError, match=r"output: .*a\.png exist; accepted: another output, or overwrite=true"):
+    with pytest.raises(
+        FileExistsError, match=r"output: 1 exist, such as .*a\.png; accepted: another output, or overwrite=true"
+    ):
         run(image, out, train_ids=True)
     assert mine.read_text() == "mine"
     assert not (out / "overlay" / "a.jpg").exists()  # refused before anything is written
@@ -291,14 +306,30 @@ def test_an_interrupted_video_keeps_the_frames_it_has(tmp_path: Path, monkeypatc
 def test_two_inputs_are_never_written_to_one_place(tmp_path: Path) -> None:
     save(tmp_path / "in" / "drive" / "000000.png", noise(8, 8))
     video(tmp_path / "in" / "drive.avi", 2)
-    with pytest.raises(ValueError, match=r"several files would be written to .*000000\.png"):
+    with pytest.raises(ValueError, match=r"several would be written to .*000000\.png"):
         run(tmp_path / "in", tmp_path / "out", palette=True)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_camera_that_is_not_there_is_named(tmp_path: Path) -> None:
-    (problem,) = run("93", tmp_path)
-    assert "camera 93" in problem
+def test_a_stream_is_read_until_it_ends_or_max_frames(tmp_path: Path, server: tuple[str, Path]) -> None:
+    address, folder = server
+    video(folder / "drive.avi", 4)
+    given = address.replace("//", "//user:secret@") + "/drive.avi?x=1"
+    assert run(given, tmp_path / "out") == []
+    (written,) = (tmp_path / "out" / "overlay").iterdir()
+    assert written.name == "127.0.0.1-drive.avi.mp4"
+    assert len(frames_of(written)) == 4
+    assert run(given, tmp_path / "some", max_frames=2, train_ids=True, overlay=False, legend=False) == []
+    assert len(files(tmp_path / "some")) == 2
+    (problem,) = run(given, tmp_path / "large", max_pixels=100)
+    assert "drive.avi?x=1 has 0 megapixels; accepted: 0.0001" in problem
+    assert "secret" not in problem
+
+
+@pytest.mark.parametrize("nothing", ["93", "http://127.0.0.1:9/a.mp4", "rtsp://127.0.0.1:9/live"])
+def test_a_camera_or_stream_that_is_not_there_is_named(nothing: str, tmp_path: Path) -> None:
+    (problem,) = run(nothing, tmp_path)
+    assert problem.startswith(f"{'camera' if nothing == '93' else 'stream'} {nothing} cannot be read: not there")
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from bisenet.networks.blocks import (
     Generation,
     Norm,
     SegmentationNetwork,
+    by_strips,
     make_norm,
     pool_globally,
     require_choice,
@@ -179,7 +180,9 @@ class BiSeNetV1(SegmentationNetwork):
         if self.structure == "u_shape":
             return self.cp(image)
         feature8, context8, context16 = self.cp(image)
-        detail = self.sp(image) if self.structure == "two_path" else feature8  # (B, 128, H/8, W/8)
+        detail = feature8  # (B, 128, H/8, W/8)
+        if self.structure == "two_path":
+            detail = by_strips(self.sp, image, stride=8, halo=16, training=self.training)
         return self.ffm(detail, context8), context8, context16
 
 

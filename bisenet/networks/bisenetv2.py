@@ -22,7 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bisenet.networks.blocks import ConvNormAct, Generation, SegmentationNetwork, pool_globally, require_choice
+from bisenet.networks.blocks import (
+    ConvNormAct,
+    Generation,
+    SegmentationNetwork,
+    by_strips,
+    pool_globally,
+    require_choice,
+)
 
 EXPANSION = 6
 """Channels inside a gather-and-expansion layer per channel of its input (section 5.1)."""
@@ -137,7 +144,7 @@ class SemanticBranch(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the features at strides 4, 8, 16, 32, and 32 with context."""
-        feature2 = self.S1S2(image)  # (B, 16w, H/4, W/4)
+        feature2 = by_strips(self.S1S2, image, stride=4, halo=8, training=self.training)  # (B, 16w, H/4, W/4)
         feature3 = self.S3(feature2)  # (B, 32w, H/8, W/8)
         feature4 = self.S4(feature3)  # (B, 64w, H/16, W/16)
         feature5 = self.S5_4(feature4)  # (B, 128w, H/32, W/32)
@@ -240,7 +247,8 @@ class BiSeNetV2(SegmentationNetwork):
     def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Map a normalised image (B, 3, H, W) to the feature maps of the five heads."""
         *stages, semantic = self.segment(image)
-        return self.bga(self.detail(image), semantic), *stages
+        detail = by_strips(self.detail, image, stride=8, halo=40, training=self.training)  # (B, 128w, H/8, W/8)
+        return self.bga(detail, semantic), *stages
 
 
 def initialise(network: BiSeNetV2) -> None:

@@ -5,7 +5,9 @@ rounded up: every layer with stride 2 makes ceil(h / 2) of h.
 """
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -53,8 +55,36 @@ class SegmentationNetwork(nn.Module, ABC):
         """
         heads = self.head_names if self.training else self.head_names[:1]
         features = self.features(image)[: len(heads)]
-        logits, *aux = [getattr(self, head)(feature) for head, feature in zip(heads, features, strict=True)]
+        logits, *aux = [
+            by_strips(getattr(self, head), feature, stride=1, halo=1, share=64, training=self.training)
+            for head, feature in zip(heads, features, strict=True)
+        ]
         return SegmentationOutput(logits, tuple(aux))
+
+
+STRIP = 2**22
+"""Pixels of the strips in which images of more than twice as many pass through the layers of high resolution."""
+
+
+def by_strips(
+    layers: Callable[[Tensor], Tensor], x: Tensor, *, stride: int, halo: int, share: int = 1, training: bool
+) -> Tensor:
+    """Return `layers(x)` for (B, C, h, w), a strip of rows at a time where x is large, to bound memory.
+
+    A strip is seen with `halo` rows on both sides: a multiple of `stride`, the total stride of the layers, and not less
+    than the radius of their receptive field, so that every value is computed from the same values. `share` is how many
+    pixels of the image one of x stands for. Nothing is cut in training, where norms see the whole, and in an export.
+    """
+    height, width = x.shape[2:]
+    if training or torch.compiler.is_compiling() or len(x) * height * width * share <= 2 * STRIP:
+        return layers(x)
+    rows = max(STRIP // (len(x) * width * share * stride), 1) * stride
+    parts: list[Tensor] = []
+    for top in range(0, height, rows):
+        first = max(top - halo, 0)
+        part = layers(x[:, :, first : top + rows + halo])
+        parts.append(part[:, :, (top - first) // stride :][:, :, : math.ceil(min(rows, height - top) / stride)].clone())
+    return torch.cat(parts, dim=2)
 
 
 class PositiveBatchNorm(nn.Module):

@@ -6,7 +6,7 @@ Shapes: B images of H x W pixels.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from torch import Tensor, nn
 
-from bisenet.networks.blocks import Norm, make_activation, make_norm
+from bisenet.networks.blocks import Norm, by_strips, make_activation, make_norm
 
 
 class BasicBlock(nn.Module):
@@ -49,8 +49,12 @@ class ResNet18(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the features at strides 8, 16 and 32."""
-        x = self.maxpool(self.act(self.bn1(self.conv1(image))))  # (B, 64, H/4, W/4)
-        feature8 = self.layer2(self.layer1(x))  # (B, 128, H/8, W/8)
+
+        def first(image: Tensor) -> Tensor:
+            return self.layer1(self.maxpool(self.act(self.bn1(self.conv1(image)))))
+
+        x = by_strips(first, image, stride=4, halo=24, training=self.training)  # (B, 64, H/4, W/4)
+        feature8 = self.layer2(x)  # (B, 128, H/8, W/8)
         feature16 = self.layer3(feature8)  # (B, 256, H/16, W/16)
         feature32 = self.layer4(feature16)  # (B, 512, H/32, W/32)
         return feature8, feature16, feature32

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from traceback import clear_frames
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from bisenet.classes import ClassTable
-from bisenet.data import CamVid, ScaleCrop, SegmentationDataModule, Synthetic
+from bisenet.data import CamVid, ColorJitter, ScaleCrop, SegmentationDataModule, Synthetic
 from bisenet.data.datasets import Sample, TrainingBatches, check_headers, list_samples, read_sample
 
 CITYSCAPES, CAMVID = ClassTable.load("cityscapes"), ClassTable.load("camvid")
@@ -33,7 +32,8 @@ def module(
     dataset: Any, seed: int = 0, trainer: dict[str, Any] | None = None, **changes: Any
 ) -> SegmentationDataModule:
     """A data module of this data set, as if a trainer in that state held it."""
-    arguments = {"classes": "camvid", "augment": [ScaleCrop((32, 48))], "batch_size": 2, "workers": 0, **changes}
+    steps = [ScaleCrop((32, 48)), ColorJitter()]
+    arguments = {"classes": "camvid", "augment": steps, "batch_size": 2, "workers": 0, **changes}
     loaded = SegmentationDataModule(lambda _: dataset, dataset.root, seed=seed, **arguments)  # type: ignore[arg-type]
     if trainer is not None:
         cpu = SimpleNamespace(root_device=torch.device("cpu"))
@@ -59,15 +59,12 @@ def test_every_layout_lists_its_images_in_a_fixed_order(name: str, tmp_path: Pat
     assert len(set(both)) == 7
 
 
-def test_a_list_may_be_called_trainval(tmp_path: Path) -> None:
-    assert len(list_samples(make_listed(tmp_path, {"train": 2, "val": 1, "trainval": 1}), "trainval")) == 1
-
-
-def test_camvid_lists(tmp_path: Path) -> None:
-    listed = make_listed(tmp_path, {"train": 3, "val": 1})
+def test_camvid_lists_and_one_that_is_called_trainval(tmp_path: Path) -> None:
+    listed = make_listed(tmp_path, {"train": 3, "val": 1, "trainval": 1})
     (tmp_path / "train.txt").write_text((tmp_path / "train.csv").read_text())
     camvid = CamVid(tmp_path, {"val": "val.csv"})
     assert all(camvid.samples(split) == listed.samples(split) for split in ("train", "val"))
+    assert len(list_samples(listed, "trainval")) == 1
 
 
 def test_label_train_ids_are_read_where_they_are_all_there_is(tmp_path: Path) -> None:
@@ -78,21 +75,12 @@ def test_label_train_ids_are_read_where_they_are_all_there_is(tmp_path: Path) ->
 
 
 def test_coarse_labels_without_the_corrupt_image(tmp_path: Path) -> None:
-    """The zips unpacked together, and each in a folder of its name."""
     dataset = make_cityscapes(tmp_path, {"train": 1})
     make_cityscapes(tmp_path, {"train_extra": 2}, kind="gtCoarse")
     for file in tmp_path.rglob("zurich_000001_*"):
         file.rename(file.with_name(file.name.replace("zurich_000001_000019", "troisdorf_000000_000073")))
-    for wrapped in (False, True):
-        if wrapped:
-            for folder, zipped in (("leftImg8bit", "leftImg8bit_trainextra"), ("gtCoarse", "gtCoarse_")):
-                target = tmp_path / zipped.rstrip("_") / folder / "train_extra"
-                (tmp_path / folder / "train_extra").rename(tmp_path / "away")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / "away").rename(target)
-        assert [sample.image.name[:13] for sample in list_samples(dataset, "train+train_extra")] == 2 * [
-            "aachen_000000"
-        ]
+    samples = list_samples(dataset, "train+train_extra")
+    assert [sample.image.name[:13] for sample in samples] == 2 * ["aachen_000000"]
 
 
 def test_files_that_begin_with_a_dot_are_no_images(tmp_path: Path) -> None:
@@ -123,20 +111,15 @@ def test_what_is_missing_is_named_with_what_is_expected(name: str, tmp_path: Pat
         dataset.samples("train")
 
 
-@pytest.mark.parametrize("line", ["a.png", "a.png,b.png,c.png", "a.png,", "a.png b.png"])
-def test_malformed_line_is_named_with_its_number(line: str, tmp_path: Path) -> None:
-    dataset = make_listed(tmp_path, {"train": 1})
-    with (tmp_path / "train.csv").open("a") as file:
-        file.write(f"\n{line}\n")
-    with pytest.raises(ValueError, match=r"train\.csv:3: got 'a\.png.*accepted: image,label"):
-        dataset.samples("train")
-
-
 def test_lists_are_read_with_a_byte_order_mark_or_refused_by_name(tmp_path: Path) -> None:
     dataset = make_listed(tmp_path, {"train": 1})
     text = (tmp_path / "train.csv").read_text()
     (tmp_path / "train.csv").write_text(text, encoding="utf-8-sig")
     assert len(dataset.samples("train")) == 1
+    for line in ("a.png", "a.png,b.png,c.png", "a.png,", "a.png b.png"):
+        (tmp_path / "train.csv").write_text(f"{text}\n{line}\n")
+        with pytest.raises(ValueError, match=r"train\.csv:3: got 'a\.png.*accepted: image,label"):
+            dataset.samples("train")
     (tmp_path / "train.csv").write_text(text, encoding="utf-16")
     with pytest.raises(ValueError, match=r"train\.csv is not text in UTF-8"):
         dataset.samples("train")
@@ -165,17 +148,10 @@ def refused(sample: Sample, message: str, headers: bool = True) -> None:
             check_headers(sample)
 
 
-def test_reads_rgb_and_train_ids(sample: Sample) -> None:
-    image, mask = read_sample(sample, CAMVID)
-    assert np.array_equal(image, random_image(3)[0])
-    assert np.array_equal(mask, CAMVID.encode[random_image(3)[1]])
-
-
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_palette_label_is_read_as_ids(sample: Sample, bits: int) -> None:
     label = random_image(5, ids=min(12, 2**bits))[1]
-    file = Image.fromarray(label).convert("P")
-    file.putdata(label.ravel().tolist())
+    file = Image.fromarray(label, mode="P")
     file.putpalette(CAMVID.palette[: 2**bits].ravel().tolist())
     file.save(sample.label, bits=bits)
     check_headers(sample)
@@ -183,28 +159,16 @@ def test_palette_label_is_read_as_ids(sample: Sample, bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "found"),
-    [
-        (lambda label: Image.fromarray(CAMVID.palette[label]).convert("RGBA"), "holds 8-bit RGBA pixels"),
-        (lambda label: Image.fromarray(label).convert("LA"), r"holds 8-bit greyscale \+ alpha pixels"),
-        (lambda label: Image.fromarray(label.astype(np.uint16)), "holds 16-bit greyscale pixels"),
-        (lambda label: Image.fromarray(label > 5), "holds 1-bit greyscale pixels"),
-    ],
-    ids=["RGBA", "alpha", "16-bit", "1-bit"],
+    ("bits", "kind", "found"),
+    [(8, 6, "RGBA"), (8, 4, "LA"), (16, 0, "I;16B"), (1, 0, "1"), (2, 0, "L;2"), (4, 0, "L;4"), (16, 2, "RGB;16B")],
 )
-def test_label_of_another_kind_is_refused(sample: Sample, make: Callable[..., Image.Image], found: str) -> None:
-    make(random_image(3)[1]).save(sample.label)
-    refused(sample, rf"label\.png {found}; accepted: an 8-bit greyscale or palette PNG")
-
-
-@pytest.mark.parametrize(("bits", "kind"), [(2, 0), (4, 0), (16, 2)])
-def test_pixels_that_pillow_would_change_are_refused(sample: Sample, bits: int, kind: int) -> None:
-    """Greyscale of 2 and 4 bits, which it stretches, and RGB of 16, of which it drops a half."""
+def test_label_of_another_kind_is_refused(sample: Sample, bits: int, kind: int, found: str) -> None:
+    """Also those that Pillow would change: greyscale of 2 and 4 bits is stretched, RGB of 16 is halved."""
     content = bytearray(sample.label.read_bytes())
     content[24:26] = bits, kind
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     sample.label.write_bytes(content)
-    refused(sample, rf"label\.png holds {bits}-bit {'RGB' if kind else 'greyscale'} pixels")
+    refused(sample, rf"label\.png is a PNG of {found} pixels; accepted: an 8-bit greyscale or palette PNG")
 
 
 def test_label_in_the_colours_of_the_table(sample: Sample) -> None:
@@ -223,36 +187,31 @@ def test_label_in_the_colours_of_the_table(sample: Sample) -> None:
 
 @pytest.mark.parametrize("ignored", [0, 1, 255])
 def test_any_value_may_be_the_one_that_is_ignored(sample: Sample, ignored: int) -> None:
-    """In greyscale, palette and colour-coded files alike."""
+    """In files of ids and of colours alike."""
     values = [value for value in (0, 1, 2) if value != ignored]
-    rows = [{"id": value, "name": str(value), "color": [value, 9, 200]} for value in values]
-    rows.insert(1, {"id": ignored, "name": "void", "color": [7] * 3, "ignore": True})
+    rows = [{"id": value, "name": str(value), "color": [value] * 3, "ignore": value == ignored}
+            for value in (*values, ignored)]  # fmt: skip
     label = np.random.default_rng(0).choice(np.array([*values, ignored], np.uint8), SIZE)
-    colors = np.zeros((256, 3), np.uint8)
-    colors[[row["id"] for row in rows]] = [row["color"] for row in rows]
-    palette = Image.fromarray(label, mode="P")
-    palette.putpalette(colors.ravel().tolist())
-    for file in (Image.fromarray(label), palette, Image.fromarray(colors[label])):
-        file.save(sample.label)
+    for pixels in (label, np.dstack(3 * [label])):
+        save(sample.label, pixels)
         mask = read_sample(sample, ClassTable.from_dict({"name": "own", "classes": rows}))[1]
         assert np.array_equal(mask, np.select([label == value for value in values], [*range(len(values))], 255))
 
 
 @pytest.mark.parametrize("kind", ["image.png", "image.jpg", "progressive.jpg", "label.png"])
 def test_truncated_or_damaged_file_is_named(kind: str, sample: Sample, tmp_path: Path) -> None:
-    if kind.endswith("jpg"):
-        Image.fromarray(random_image(3)[0]).save(tmp_path / kind, progressive=kind == "progressive.jpg")
-        sample = dataclasses.replace(sample, image=tmp_path / kind)
     path = tmp_path / kind
+    if kind.endswith("jpg"):
+        Image.fromarray(random_image(3)[0]).save(path, progressive=kind == "progressive.jpg")
+        sample = dataclasses.replace(sample, image=path)
     whole = path.read_bytes()
-    middle = len(whole) // 2
+    read_sample(sample, CAMVID)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 255
     cuts = {0, 1, 20, 40, *range(60, len(whole) - 40, max(1, len(whole) // 20)), len(whole) - 40}
-    damaged = [] if kind.endswith("jpg") else [whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]]
-    for content in [*(whole[:cut] for cut in cuts), *damaged]:
+    for content in [*(whole[:cut] for cut in cuts), *([damaged] if kind.endswith("png") else [])]:
         path.write_bytes(content)
         refused(sample, path.name, headers=len(content) < 40)
-    path.write_bytes(whole)
-    read_sample(sample, CAMVID)
 
 
 def test_files_of_other_kinds_and_sizes_are_named(sample: Sample, tmp_path: Path) -> None:
@@ -276,10 +235,7 @@ def test_ids_outside_the_table_are_named(sample: Sample) -> None:
     label = random_image(3)[1]
     label[0, :3] = [255, 12, 99]
     save(sample.label, label)
-    accepted = ", ".join(map(str, range(12)))
-    refused(
-        sample, rf"label.png holds the ids \[12, 99, 255\]; class table 'camvid' accepts: {accepted}", headers=False
-    )
+    refused(sample, r"label.png holds the ids \[12, 99, 255\]; class table 'camvid' accepts: 0, 1, .* 11", False)
 
 
 # Which samples a step sees
@@ -361,30 +317,21 @@ def test_workers_restarts_and_ranks_change_nothing_in_the_data(tmp_path: Path) -
     assert not torch.equal(training(1, dataset, 1, batch_size=4)[0]["image"], plain[0]["image"])
 
 
-def test_batch_size_is_checked_before_anything_is_read(tmp_path: Path) -> None:
-    devices = {"world_size": 2, "accumulate_grad_batches": 3}
-    with pytest.raises(ValueError, match=r"data\.batch_size: got 8, accepted: multiples of 6, the devices times"):
-        module(CamVid(tmp_path / "nowhere"), batch_size=8, trainer=devices).setup("fit")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size: got 0, accepted: an integer of at least 1"),
         ({"workers": -1}, "workers: got -1, accepted: an integer of at least 0"),
-        ({"limit": 0}, "limit: got 0, accepted: null or an integer of at least 1"),
-        ({"eval_window": [16, 64]}, "eval_window: got 16"),
-        ({"eval_short_side": 8}, "eval_short_side: got 8, accepted: null or"),
-        ({"mean": [0.5, 0.5]}, r"mean: got \[0.5, 0.5\], accepted: three values in \[0, 1\]"),
-        ({"std": [0.5, 0.5, 0]}, r"std: got .*, accepted: three values in \(0, 1\]"),
+        ({"limit": 0}, "limit: got 0, accepted: an integer of at least 1"),
         ({"augment": [3]}, "augment: got 3, accepted: transforms of albumentations"),
         ({"classes": "citiscapes"}, "classes: got 'citiscapes', accepted: ade20k"),
+        ({"batch_size": 8}, r"data\.batch_size: got 8, accepted: multiples of 6, the devices times"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_arguments_are_checked(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_arguments_are_checked_before_anything_is_read(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    devices = {"world_size": 2, "accumulate_grad_batches": 3}
     with pytest.raises(ValueError, match=f"^{message}"):
-        module(CamVid(tmp_path), **arguments)
+        module(CamVid(tmp_path / "nowhere"), trainer=devices, **arguments).setup("fit")
 
 
 def test_loading_leaves_the_generator_of_training_alone_and_decodes_in_its_thread(tmp_path: Path) -> None:
@@ -398,7 +345,7 @@ def test_loading_leaves_the_generator_of_training_alone_and_decodes_in_its_threa
 
 def test_single_images_and_counts(tmp_path: Path) -> None:
     loaded = module(make_camvid(tmp_path, {"train": 3, "val": 1}))
-    pairs = [loaded.image_and_mask("train", index) for index in range(3)]
+    pairs = loaded.examples("train", 3)
     assert np.array_equal(pairs[2][0], random_image(2)[0])
     assert [mask.tobytes() for _, mask in loaded.examples("train", 2)] == [mask.tobytes() for _, mask in pairs[::2]]
     masks = np.stack([mask for _, mask in pairs])
@@ -411,7 +358,7 @@ def test_evaluation_takes_every_image_whole_and_once(tmp_path: Path, workers: in
     loaded = module(make_camvid(tmp_path, {"train": 1, "val": 3}), workers=workers)
     for _ in range(2):
         for index, batch in enumerate(loaded.val_dataloader()):
-            image, mask = loaded.image_and_mask("val", index)
+            image, mask = loaded.examples("val", 3)[index]
             assert torch.equal(batch["image"], torch.from_numpy(image).permute(2, 0, 1)[None])
             assert torch.equal(batch["mask"], torch.from_numpy(mask)[None])
             assert torch.equal(batch["index"], torch.tensor([index]))
@@ -477,9 +424,6 @@ def test_synthetic_set_is_written_and_read_as_cityscapes(tmp_path: Path) -> None
     loaded.prepare_data()
     loaded.setup()
     assert [len(loaded.samples(split)) for split in ("train", "val", "test")] == [2, 1, 1]
-    assert next(iter(loaded.train_dataloader()))["image"].shape == (2, 3, 32, 48)
-    with pytest.raises(ValueError, match="scene: got 'lake', accepted: street"):
-        Synthetic(tmp_path, scene="lake")
 
 
 def test_a_data_set_of_ones_own_needs_only_samples(tmp_path: Path) -> None:
@@ -494,7 +438,7 @@ def test_a_data_set_of_ones_own_needs_only_samples(tmp_path: Path) -> None:
 def test_camvid_itself(camvid: Path) -> None:
     loaded = module(CamVid(camvid), report_split="test")
     loaded.setup("fit")
-    image, mask = loaded.image_and_mask("train", 0)
+    image, mask = loaded.examples("train", 1)[0]
     assert (image.shape, mask.shape) == ((360, 480, 3), (360, 480))
     assert image[mask == 0].mean() > image[mask == 3].mean()  # the sky is brighter than the road
     assert ClassTable.load(camvid / "classes.json").classes == CAMVID.classes

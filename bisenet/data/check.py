@@ -15,7 +15,7 @@ import numpy as np
 from rich.progress import track
 
 from bisenet.classes import ClassTable
-from bisenet.data.datasets import IncompleteSplit, Sample, check_headers, list_samples, read_sample
+from bisenet.data.datasets import NEARLY_BLACK, IncompleteSplit, Sample, check_headers, list_samples, read_sample
 
 
 @dataclass
@@ -26,13 +26,15 @@ class _Split:
     problems: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)  # that are fit
     ignored: list[str] = field(default_factory=list)  # those whose labels are ignored all over
+    black: list[str] = field(default_factory=list)  # those that are nearly black
     sizes: Counter[str] = field(default_factory=Counter)
     counts: np.ndarray = field(default_factory=lambda: np.zeros((5, 256), np.int64))  # see _inspect
 
 
 def check(
-    dataset: Any, table: ClassTable, splits: Sequence[str], train_split: str, workers: int | None = None
-) -> dict[str, Any]:
+    dataset: Any, table: ClassTable, splits: Sequence[str], train_split: str, workers: int | None = None,
+    exif: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Read every file of some splits as training would, in several processes.
 
     Args:
@@ -41,6 +43,7 @@ def check(
         splits: their names.
         train_split: the one that is trained on; mean and standard deviation are suggested from it.
         workers: number of processes beside this one; 0: none, None: one per core.
+        exif: as of :func:`bisenet.data.datasets.list_samples`.
 
     Returns:
         Plain data: ``class_table``, its name; ``fit``, whether every file is what it should be and there is something
@@ -52,7 +55,7 @@ def check(
     """
     cv2.setNumThreads(0)  # before the fork: threads of OpenCV do not survive it
     processes = (os.cpu_count() or 1) if workers is None else workers
-    walked = {split: _walk(dataset, table, split, processes) for split in splits}
+    walked = {split: _walk(dataset, table, split, exif, processes) for split in splits}
     found = {split: _describe(walk, table) for split, walk in walked.items()}
     measured = train_split if train_split in found else splits[0]
     mean, std = found[measured]["mean"], found[measured]["std"]
@@ -65,10 +68,10 @@ def check(
     }
 
 
-def _walk(dataset: Any, table: ClassTable, split: str, workers: int) -> _Split:
+def _walk(dataset: Any, table: ClassTable, split: str, exif: str | None, workers: int) -> _Split:
     found, samples = _Split(), list[Sample]()
     try:
-        samples = list_samples(dataset, split)
+        samples = list_samples(dataset, split, exif)
         found.pairs = len(samples)
     except IncompleteSplit as error:
         samples, found.pairs = error.samples, error.pairs
@@ -87,8 +90,12 @@ def _walk(dataset: Any, table: ClassTable, split: str, workers: int) -> _Split:
             found.images.append(str(sample.image))
             if counts[3, table.ignore_index] == counts[3].sum():
                 found.ignored.append(str(sample.image))
+            if not counts[:3, 16:].any():
+                found.black.append(str(sample.image))
             found.sizes[size] += 1
             found.counts += counts
+    if found.black and found.black == found.images:
+        found.problems.append(f"all images are black, {NEARLY_BLACK}")
     return found
 
 
@@ -132,6 +139,8 @@ def _warnings(walked: dict[str, _Split], table: ClassTable, split: str, train_sp
         yield f"{split}: {len(absent)} classes never occur and {effect}: {', '.join(absent)}"
     if found.ignored:
         yield f"{split}: {len(found.ignored)} labels are ignored all over, the first of {found.ignored[0]}"
+    if found.black:
+        yield f"{split}: {len(found.black)} images are black, the first {found.black[0]}: {NEARLY_BLACK}"
     if repeated := [image for image, times in Counter(found.images).items() if times > 1]:
         yield f"{split}: {len(repeated)} images are listed, and count, more than once: {repeated[0]} ..."
     trained_on = set(walked[train_split].images) if train_split in walked and split != train_split else set()

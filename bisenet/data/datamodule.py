@@ -45,6 +45,8 @@ class SegmentationDataModule(L.LightningDataModule):
         batch_size: images per optimisation step, over all devices and all accumulated batches.
         workers: data-loading processes per device; 0 loads in the main process. The data do not depend on it.
         limit: use only the first so many images of every split; None: all.
+        exif: what becomes of images that the camera notes to be shown turned or mirrored: ``apply`` (the label was
+            drawn on the upright image), ``ignore`` (on the pixels as stored), or None: an error that names the file.
 
     Raises:
         ValueError: a value outside its range, or a mistake in the class table; with :meth:`setup`, in the data set.
@@ -56,6 +58,7 @@ class SegmentationDataModule(L.LightningDataModule):
         val_split: str = "val", report_split: str = "val", mean: Sequence[float] = (0.3257, 0.3690, 0.3223),
         std: Sequence[float] = (0.2112, 0.2148, 0.2115), eval_window: Sequence[int] = (1024, 1024),
         eval_short_side: int | None = None, batch_size: int = 16, workers: int = 2, limit: int | None = None,
+        exif: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         most = sys.maxsize if limit is None else limit
@@ -74,7 +77,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.name, self.transform, self.seed = name, A.Compose(transforms), seed
         self.train_split, self.val_split, self.report_split = train_split, val_split, report_split
         self.mean, self.std, self.eval_window, self.eval_short_side = mean, std, eval_window, eval_short_side
-        self.batch_size, self.workers, self.limit = batch_size, workers, limit
+        self.batch_size, self.workers, self.limit, self.exif = batch_size, workers, limit, exif
         self._samples: dict[str, list[Sample]] = {}
 
     def prepare_data(self) -> None:
@@ -106,7 +109,7 @@ class SegmentationDataModule(L.LightningDataModule):
                 the wrong kind or has no label, ids outside the class table, or a split with only ignored pixels.
         """
         if split not in self._samples:
-            samples = datasets.list_samples(self.dataset, split)[: self.limit]
+            samples = datasets.list_samples(self.dataset, split, self.exif)[: self.limit]
             for sample in samples:
                 datasets.check_headers(sample)
             # A few seconds at the size of Cityscapes, all labels of a small set.
@@ -114,8 +117,9 @@ class SegmentationDataModule(L.LightningDataModule):
             ignored = [(mask == self.table.ignore_index).all() for mask in masks]
             if all(ignored):  # as in the labels of Cityscapes' test split that are public
                 raise ValueError(f"split {split!r} of {self.root} has only ignored pixels, {datasets.NOT_SCORABLE}")
-            for sample in _spread(samples, 16):
-                datasets.read_sample(sample, self.table)
+            images = (datasets.read_sample(sample, self.table)[0] for sample in _spread(samples, 16))
+            if max(image.max() for image in images) < 16:
+                raise ValueError(f"split {split!r} of {self.root} has only black images, {datasets.NEARLY_BLACK}")
             self._samples[split] = samples
         return self._samples[split]
 

@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import logging
 import operator
-import os
 import re
 import reprlib
 import socket

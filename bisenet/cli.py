@@ -247,13 +247,17 @@ def refuse_misplaced(cfg: DictConfig, config_name: str) -> None:
 
 def explain(error: Exception, config_name: str) -> str:
     """One line about what a user can mend; empty for all other errors."""
+    lost = re.search(r"DataLoader worker \(pid.*|.*/torch_.*|.*process pool was terminated.*", str(error))
+    if lost and isinstance(error, RuntimeError | OSError):
+        likely = "most likely memory is full, or /dev/shm (see df -h /dev/shm, docker run --shm-size)"
+        return f"{lost[0].strip(' .')}: {likely}; accepted: fewer processes, data.workers=0 (of check-data workers=0)"
     mendable = (HydraException, OmegaConfBaseException, ValueError, OSError, FloatingPointError)
     if not isinstance(error, mendable) and type(error).__name__ != "MisconfigurationException":  # Lightning's
         return ""
     cause: BaseException | None = error
     while cause is not None:  # resolvers raise within OmegaConf's errors
         if type(cause) is ValueError:
-            return f"ValueError: {cause}"
+            return f"ValueError: {str(cause).rpartition('ValueError: ')[2]}".rstrip()  # of a worker, with its traceback
         cause = cause.__cause__ or cause.__context__
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return f"{type(error).__name__}: {error}"
@@ -428,7 +432,7 @@ def check_data(cfg: DictConfig) -> None:
     splits = list(cfg.splits or dict.fromkeys((data.train_split, data.val_split, data.report_split)))
     dataset = hydra.utils.instantiate(data.dataset, _convert_="all")(root)
     found = {"data": data.name, "root": str(root.resolve()), "configured": {k: list(data[k]) for k in ("mean", "std")}}
-    found |= check(dataset, classes, splits, data.train_split, cfg.workers)
+    found |= check(dataset, classes, splits, data.train_split, cfg.workers, data.get("exif"))
     report.write_json(run_dir / "check_data.json", found)
     report.plot_data(found, classes, run_dir / "check_data.png")
     report.show_data(found)

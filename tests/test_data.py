@@ -2,9 +2,12 @@
 
 import dataclasses
 import itertools
+import os
+import re
+import signal
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from traceback import clear_frames
 from types import SimpleNamespace
@@ -18,11 +21,12 @@ import torch
 from conftest import CLASSES, DATASETS, SIZE, make_camvid, make_cityscapes, make_listed, random_image, save
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from bisenet.classes import ClassTable
-from bisenet.data import CamVid, ScaleCrop, SegmentationDataModule, Synthetic
+from bisenet.cli import explain
+from bisenet.data import CamVid, ColorJitter, Listed, ScaleCrop, SegmentationDataModule, Synthetic
 from bisenet.data.datasets import Sample, TrainingBatches, check_headers, list_samples, read_sample
 
 CITYSCAPES, CAMVID = ClassTable.load("cityscapes"), ClassTable.load("camvid")
@@ -33,7 +37,8 @@ def module(
     dataset: Any, seed: int = 0, trainer: dict[str, Any] | None = None, **changes: Any
 ) -> SegmentationDataModule:
     """A data module of this data set, as if a trainer in that state held it."""
-    arguments = {"classes": "camvid", "augment": [ScaleCrop((32, 48))], "batch_size": 2, "workers": 0, **changes}
+    steps = [ScaleCrop((32, 48)), ColorJitter()]
+    arguments = {"classes": "camvid", "augment": steps, "batch_size": 2, "workers": 0, **changes}
     loaded = SegmentationDataModule(lambda _: dataset, dataset.root, seed=seed, **arguments)  # type: ignore[arg-type]
     if trainer is not None:
         cpu = SimpleNamespace(root_device=torch.device("cpu"))
@@ -59,15 +64,12 @@ def test_every_layout_lists_its_images_in_a_fixed_order(name: str, tmp_path: Pat
     assert len(set(both)) == 7
 
 
-def test_a_list_may_be_called_trainval(tmp_path: Path) -> None:
-    assert len(list_samples(make_listed(tmp_path, {"train": 2, "val": 1, "trainval": 1}), "trainval")) == 1
-
-
-def test_camvid_lists(tmp_path: Path) -> None:
-    listed = make_listed(tmp_path, {"train": 3, "val": 1})
+def test_camvid_lists_and_one_that_is_called_trainval(tmp_path: Path) -> None:
+    listed = make_listed(tmp_path, {"train": 3, "val": 1, "trainval": 1})
     (tmp_path / "train.txt").write_text((tmp_path / "train.csv").read_text())
     camvid = CamVid(tmp_path, {"val": "val.csv"})
     assert all(camvid.samples(split) == listed.samples(split) for split in ("train", "val"))
+    assert len(list_samples(listed, "trainval")) == 1
 
 
 def test_label_train_ids_are_read_where_they_are_all_there_is(tmp_path: Path) -> None:
@@ -78,21 +80,12 @@ def test_label_train_ids_are_read_where_they_are_all_there_is(tmp_path: Path) ->
 
 
 def test_coarse_labels_without_the_corrupt_image(tmp_path: Path) -> None:
-    """The zips unpacked together, and each in a folder of its name."""
     dataset = make_cityscapes(tmp_path, {"train": 1})
     make_cityscapes(tmp_path, {"train_extra": 2}, kind="gtCoarse")
     for file in tmp_path.rglob("zurich_000001_*"):
         file.rename(file.with_name(file.name.replace("zurich_000001_000019", "troisdorf_000000_000073")))
-    for wrapped in (False, True):
-        if wrapped:
-            for folder, zipped in (("leftImg8bit", "leftImg8bit_trainextra"), ("gtCoarse", "gtCoarse_")):
-                target = tmp_path / zipped.rstrip("_") / folder / "train_extra"
-                (tmp_path / folder / "train_extra").rename(tmp_path / "away")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / "away").rename(target)
-        assert [sample.image.name[:13] for sample in list_samples(dataset, "train+train_extra")] == 2 * [
-            "aachen_000000"
-        ]
+    samples = list_samples(dataset, "train+train_extra")
+    assert [sample.image.name[:13] for sample in samples] == 2 * ["aachen_000000"]
 
 
 def test_files_that_begin_with_a_dot_are_no_images(tmp_path: Path) -> None:
@@ -100,6 +93,16 @@ def test_files_that_begin_with_a_dot_are_no_images(tmp_path: Path) -> None:
         (sample,) = dataset.samples("train")
         sample.image.with_name(f"._{sample.image.name}").write_bytes(b"Mac OS X")
         assert dataset.samples("train") == [sample]
+
+
+def test_no_file_in_a_folder_of_images_is_left_out(tmp_path: Path) -> None:
+    dataset = make_camvid(tmp_path, {"train": 2})
+    Image.open(tmp_path / "train" / "0001.png").save(tmp_path / "train" / "0001.bmp")
+    (tmp_path / "train" / "0001.png").unlink()
+    assert [sample.image.name for sample in dataset.samples("train")] == ["0000.png", "0001.bmp"]
+    (tmp_path / "train" / "notes.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"notes\.png does not exist"):
+        dataset.samples("train")
 
 
 @every_dataset
@@ -123,20 +126,16 @@ def test_what_is_missing_is_named_with_what_is_expected(name: str, tmp_path: Pat
         dataset.samples("train")
 
 
-@pytest.mark.parametrize("line", ["a.png", "a.png,b.png,c.png", "a.png,", "a.png b.png"])
-def test_malformed_line_is_named_with_its_number(line: str, tmp_path: Path) -> None:
-    dataset = make_listed(tmp_path, {"train": 1})
-    with (tmp_path / "train.csv").open("a") as file:
-        file.write(f"\n{line}\n")
-    with pytest.raises(ValueError, match=r"train\.csv:3: got 'a\.png.*accepted: image,label"):
-        dataset.samples("train")
-
-
 def test_lists_are_read_with_a_byte_order_mark_or_refused_by_name(tmp_path: Path) -> None:
     dataset = make_listed(tmp_path, {"train": 1})
     text = (tmp_path / "train.csv").read_text()
     (tmp_path / "train.csv").write_text(text, encoding="utf-8-sig")
     assert len(dataset.samples("train")) == 1
+    for line in ("a.png", "a.png,b.png,c.png", "a.png,", "a.png b.png"):
+        (tmp_path / "train.csv").write_text(f"{text}\n{line}\n")
+        with pytest.raises(ValueError, match=r"train\.csv:3: accepted: two paths, image,label") as error:
+            dataset.samples("train")
+        assert "a.png" not in str(error.value)
     (tmp_path / "train.csv").write_text(text, encoding="utf-16")
     with pytest.raises(ValueError, match=r"train\.csv is not text in UTF-8"):
         dataset.samples("train")
@@ -145,6 +144,23 @@ def test_lists_are_read_with_a_byte_order_mark_or_refused_by_name(tmp_path: Path
         dataset.samples("train")
     with pytest.raises(ValueError, match=r"lists: got none for 'test', accepted: train"):
         dataset.samples("test")
+
+
+def test_lists_lead_out_of_the_root_only_where_that_is_allowed(tmp_path: Path) -> None:
+    make_listed(tmp_path, {"train": 1})
+    inside, pair = tmp_path / "set", "../images/train0.jpg,../labels/train0.png"
+    inside.mkdir()
+    for name, text in {"up.csv": pair, "absolute.csv": pair.replace("..", str(tmp_path)), "../out.csv": pair}.items():
+        (inside / name).write_text(text)
+        for make in (Listed, CamVid):
+            with pytest.raises(ValueError, match=rf"{name}.*: leads out of {inside}.*\.outside=true") as error:
+                list_samples(make(inside, {"train": name}), "train")
+            assert "images/" not in str(error.value)
+        (sample,) = Listed(inside, {"train": name}, outside=True).samples("train")
+        assert sample.image == tmp_path / "images" / "train0.jpg"
+    for split in ("../train", "a/b", "", ".."):
+        with pytest.raises(ValueError, match=rf"split: got '{split}', accepted: letters"):
+            list_samples(CamVid(inside), split)
 
 
 # Reading
@@ -165,17 +181,10 @@ def refused(sample: Sample, message: str, headers: bool = True) -> None:
             check_headers(sample)
 
 
-def test_reads_rgb_and_train_ids(sample: Sample) -> None:
-    image, mask = read_sample(sample, CAMVID)
-    assert np.array_equal(image, random_image(3)[0])
-    assert np.array_equal(mask, CAMVID.encode[random_image(3)[1]])
-
-
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_palette_label_is_read_as_ids(sample: Sample, bits: int) -> None:
     label = random_image(5, ids=min(12, 2**bits))[1]
-    file = Image.fromarray(label).convert("P")
-    file.putdata(label.ravel().tolist())
+    file = Image.fromarray(label, mode="P")
     file.putpalette(CAMVID.palette[: 2**bits].ravel().tolist())
     file.save(sample.label, bits=bits)
     check_headers(sample)
@@ -183,28 +192,16 @@ def test_palette_label_is_read_as_ids(sample: Sample, bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "found"),
-    [
-        (lambda label: Image.fromarray(CAMVID.palette[label]).convert("RGBA"), "holds 8-bit RGBA pixels"),
-        (lambda label: Image.fromarray(label).convert("LA"), r"holds 8-bit greyscale \+ alpha pixels"),
-        (lambda label: Image.fromarray(label.astype(np.uint16)), "holds 16-bit greyscale pixels"),
-        (lambda label: Image.fromarray(label > 5), "holds 1-bit greyscale pixels"),
-    ],
-    ids=["RGBA", "alpha", "16-bit", "1-bit"],
+    ("bits", "kind", "found"),
+    [(8, 6, "RGBA"), (8, 4, "LA"), (16, 0, "I;16B"), (1, 0, "1"), (2, 0, "L;2"), (4, 0, "L;4"), (16, 2, "RGB;16B")],
 )
-def test_label_of_another_kind_is_refused(sample: Sample, make: Callable[..., Image.Image], found: str) -> None:
-    make(random_image(3)[1]).save(sample.label)
-    refused(sample, rf"label\.png {found}; accepted: an 8-bit greyscale or palette PNG")
-
-
-@pytest.mark.parametrize(("bits", "kind"), [(2, 0), (4, 0), (16, 2)])
-def test_pixels_that_pillow_would_change_are_refused(sample: Sample, bits: int, kind: int) -> None:
-    """Greyscale of 2 and 4 bits, which it stretches, and RGB of 16, of which it drops a half."""
+def test_label_of_another_kind_is_refused(sample: Sample, bits: int, kind: int, found: str) -> None:
+    """Also those that Pillow would change: greyscale of 2 and 4 bits is stretched, RGB of 16 is halved."""
     content = bytearray(sample.label.read_bytes())
     content[24:26] = bits, kind
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     sample.label.write_bytes(content)
-    refused(sample, rf"label\.png holds {bits}-bit {'RGB' if kind else 'greyscale'} pixels")
+    refused(sample, rf"label\.png is a PNG of {found} pixels; accepted: an 8-bit greyscale or palette PNG")
 
 
 def test_label_in_the_colours_of_the_table(sample: Sample) -> None:
@@ -223,36 +220,31 @@ def test_label_in_the_colours_of_the_table(sample: Sample) -> None:
 
 @pytest.mark.parametrize("ignored", [0, 1, 255])
 def test_any_value_may_be_the_one_that_is_ignored(sample: Sample, ignored: int) -> None:
-    """In greyscale, palette and colour-coded files alike."""
+    """In files of ids and of colours alike."""
     values = [value for value in (0, 1, 2) if value != ignored]
-    rows = [{"id": value, "name": str(value), "color": [value, 9, 200]} for value in values]
-    rows.insert(1, {"id": ignored, "name": "void", "color": [7] * 3, "ignore": True})
+    rows = [{"id": value, "name": str(value), "color": [value] * 3, "ignore": value == ignored}
+            for value in (*values, ignored)]  # fmt: skip
     label = np.random.default_rng(0).choice(np.array([*values, ignored], np.uint8), SIZE)
-    colors = np.zeros((256, 3), np.uint8)
-    colors[[row["id"] for row in rows]] = [row["color"] for row in rows]
-    palette = Image.fromarray(label, mode="P")
-    palette.putpalette(colors.ravel().tolist())
-    for file in (Image.fromarray(label), palette, Image.fromarray(colors[label])):
-        file.save(sample.label)
+    for pixels in (label, np.dstack(3 * [label])):
+        save(sample.label, pixels)
         mask = read_sample(sample, ClassTable.from_dict({"name": "own", "classes": rows}))[1]
         assert np.array_equal(mask, np.select([label == value for value in values], [*range(len(values))], 255))
 
 
 @pytest.mark.parametrize("kind", ["image.png", "image.jpg", "progressive.jpg", "label.png"])
 def test_truncated_or_damaged_file_is_named(kind: str, sample: Sample, tmp_path: Path) -> None:
-    if kind.endswith("jpg"):
-        Image.fromarray(random_image(3)[0]).save(tmp_path / kind, progressive=kind == "progressive.jpg")
-        sample = dataclasses.replace(sample, image=tmp_path / kind)
     path = tmp_path / kind
+    if kind.endswith("jpg"):
+        Image.fromarray(random_image(3)[0]).save(path, progressive=kind == "progressive.jpg")
+        sample = dataclasses.replace(sample, image=path)
     whole = path.read_bytes()
-    middle = len(whole) // 2
+    read_sample(sample, CAMVID)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 255
     cuts = {0, 1, 20, 40, *range(60, len(whole) - 40, max(1, len(whole) // 20)), len(whole) - 40}
-    damaged = [] if kind.endswith("jpg") else [whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]]
-    for content in [*(whole[:cut] for cut in cuts), *damaged]:
+    for content in [*(whole[:cut] for cut in cuts), *([damaged] if kind.endswith("png") else [])]:
         path.write_bytes(content)
         refused(sample, path.name, headers=len(content) < 40)
-    path.write_bytes(whole)
-    read_sample(sample, CAMVID)
 
 
 def test_files_of_other_kinds_and_sizes_are_named(sample: Sample, tmp_path: Path) -> None:
@@ -264,22 +256,73 @@ def test_files_of_other_kinds_and_sizes_are_named(sample: Sample, tmp_path: Path
     refused(sample, r"image\.png cannot be decoded")
 
 
-def test_orientation_of_the_camera_does_not_turn_the_image(sample: Sample, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_the_camera_is_an_error_until_it_is_decided(
+    kind: str, orientation: int, sample: Sample, tmp_path: Path
+) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees
-    turned = tmp_path / "turned.jpg"
-    Image.fromarray(random_image(3)[0]).save(turned, exif=exif)
-    assert read_sample(dataclasses.replace(sample, image=turned), CAMVID)[0].shape == (*SIZE, 3)
+    exif[0x0112] = orientation
+    sample = dataclasses.replace(sample, image=tmp_path / f"turned.{kind}")
+    Image.fromarray(random_image(3)[0]).save(sample.image, exif=exif)
+    with Image.open(sample.image) as file:
+        shown = {"apply": np.asarray(ImageOps.exif_transpose(file).convert("RGB")), "ignore": np.asarray(file)}
+    if orientation == 1:
+        return check_headers(sample)
+    with pytest.raises(ValueError, match=rf"turned\.{kind} has EXIF orientation {orientation}.*data\.exif=apply"):
+        check_headers(sample)
+    for exif, pixels in shown.items():
+        decided = dataclasses.replace(sample, exif=exif)
+        save(sample.label, np.zeros(pixels.shape[:2], np.uint8))
+        if kind == "tiff" and exif == "ignore":  # which every decoder turns
+            with pytest.raises(ValueError, match=r"accepted: data\.exif=apply"):
+                check_headers(decided)
+        else:
+            check_headers(decided)
+            assert abs(read_sample(decided, CAMVID)[0].astype(int) - pixels).mean() < 1
+    return None
+
+
+def test_what_exif_says_reaches_training_and_is_checked(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    dataset = make_listed(tmp_path, {"train": 2, "val": 1})
+    Image.fromarray(random_image(0)[0]).save(tmp_path / "images" / "train0.jpg", exif=exif)
+    with pytest.raises(ValueError, match=r"train0\.jpg has EXIF orientation 3.*exif=apply if .*exif=ignore if"):
+        module(dataset).setup("fit")
+    upright, stored = (module(dataset, exif=choice).examples("train", 2)[1][0] for choice in ("apply", "ignore"))
+    assert np.array_equal(upright, stored[::-1, ::-1])
+    with pytest.raises(ValueError, match=r"data\.exif: got 'turn', accepted: apply \| ignore"):
+        module(dataset, exif="turn").setup("fit")
+
+
+def test_data_of_twelve_bits_in_files_of_sixteen_are_refused(tmp_path: Path) -> None:
+    dataset = make_camvid(tmp_path, {"train": 2, "val": 1})
+    for number in range(2):
+        cv2.imwrite(str(tmp_path / "train" / f"000{number}.png"), random_image(number)[0].astype(np.uint16) * 16)
+    with pytest.raises(ValueError, match=r"'train' of .* has only black images, no value above 15 of 255"):
+        module(dataset).setup("fit")
+
+
+def test_one_image_in_each_file_of_a_size_that_can_be_decoded(sample: Sample) -> None:
+    whole = sample.image.read_bytes()
+    first, second = (Image.fromarray(random_image(seed)[0]) for seed in range(2))
+    first.save(sample.image, "TIFF", save_all=True, append_images=[second])
+    with pytest.raises(ValueError, match=r"image\.png holds 2 images; accepted: one"):
+        check_headers(sample)
+    content = bytearray(whole)
+    content[16:24] = (20000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    sample.image.write_bytes(content)
+    with pytest.raises(ValueError, match=r"image\.png cannot be decoded: Image size \(400000000 pixels\) exceeds"):
+        check_headers(sample)
 
 
 def test_ids_outside_the_table_are_named(sample: Sample) -> None:
     label = random_image(3)[1]
     label[0, :3] = [255, 12, 99]
     save(sample.label, label)
-    accepted = ", ".join(map(str, range(12)))
-    refused(
-        sample, rf"label.png holds the ids \[12, 99, 255\]; class table 'camvid' accepts: {accepted}", headers=False
-    )
+    refused(sample, r"label.png holds the ids \[12, 99, 255\]; class table 'camvid' accepts: 0, 1, .* 11", False)
 
 
 # Which samples a step sees
@@ -361,30 +404,21 @@ def test_workers_restarts_and_ranks_change_nothing_in_the_data(tmp_path: Path) -
     assert not torch.equal(training(1, dataset, 1, batch_size=4)[0]["image"], plain[0]["image"])
 
 
-def test_batch_size_is_checked_before_anything_is_read(tmp_path: Path) -> None:
-    devices = {"world_size": 2, "accumulate_grad_batches": 3}
-    with pytest.raises(ValueError, match=r"data\.batch_size: got 8, accepted: multiples of 6, the devices times"):
-        module(CamVid(tmp_path / "nowhere"), batch_size=8, trainer=devices).setup("fit")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size: got 0, accepted: an integer of at least 1"),
         ({"workers": -1}, "workers: got -1, accepted: an integer of at least 0"),
-        ({"limit": 0}, "limit: got 0, accepted: null or an integer of at least 1"),
-        ({"eval_window": [16, 64]}, "eval_window: got 16"),
-        ({"eval_short_side": 8}, "eval_short_side: got 8, accepted: null or"),
-        ({"mean": [0.5, 0.5]}, r"mean: got \[0.5, 0.5\], accepted: three values in \[0, 1\]"),
-        ({"std": [0.5, 0.5, 0]}, r"std: got .*, accepted: three values in \(0, 1\]"),
+        ({"limit": 0}, "limit: got 0, accepted: an integer of at least 1"),
         ({"augment": [3]}, "augment: got 3, accepted: transforms of albumentations"),
         ({"classes": "citiscapes"}, "classes: got 'citiscapes', accepted: ade20k"),
+        ({"batch_size": 8}, r"data\.batch_size: got 8, accepted: multiples of 6, the devices times"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_arguments_are_checked(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_arguments_are_checked_before_anything_is_read(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    devices = {"world_size": 2, "accumulate_grad_batches": 3}
     with pytest.raises(ValueError, match=f"^{message}"):
-        module(CamVid(tmp_path), **arguments)
+        module(CamVid(tmp_path / "nowhere"), trainer=devices, **arguments).setup("fit")
 
 
 def test_loading_leaves_the_generator_of_training_alone_and_decodes_in_its_thread(tmp_path: Path) -> None:
@@ -398,7 +432,7 @@ def test_loading_leaves_the_generator_of_training_alone_and_decodes_in_its_threa
 
 def test_single_images_and_counts(tmp_path: Path) -> None:
     loaded = module(make_camvid(tmp_path, {"train": 3, "val": 1}))
-    pairs = [loaded.image_and_mask("train", index) for index in range(3)]
+    pairs = loaded.examples("train", 3)
     assert np.array_equal(pairs[2][0], random_image(2)[0])
     assert [mask.tobytes() for _, mask in loaded.examples("train", 2)] == [mask.tobytes() for _, mask in pairs[::2]]
     masks = np.stack([mask for _, mask in pairs])
@@ -411,7 +445,7 @@ def test_evaluation_takes_every_image_whole_and_once(tmp_path: Path, workers: in
     loaded = module(make_camvid(tmp_path, {"train": 1, "val": 3}), workers=workers)
     for _ in range(2):
         for index, batch in enumerate(loaded.val_dataloader()):
-            image, mask = loaded.image_and_mask("val", index)
+            image, mask = loaded.examples("val", 3)[index]
             assert torch.equal(batch["image"], torch.from_numpy(image).permute(2, 0, 1)[None])
             assert torch.equal(batch["mask"], torch.from_numpy(mask)[None])
             assert torch.equal(batch["index"], torch.tensor([index]))
@@ -469,6 +503,26 @@ def test_error_in_a_worker_names_the_file(tmp_path: Path, workers: int) -> None:
     clear_frames(error.tb)  # they would keep the worker waiting until the garbage is collected
 
 
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGBUS])
+def test_a_worker_that_is_killed_is_answered_by_one_line(sent: signal.Signals, tmp_path: Path) -> None:
+    class Kill(A.ImageOnlyTransform):
+        def apply(self, img: np.ndarray, **_: Any) -> np.ndarray:
+            os.kill(os.getpid(), sent)
+            return img
+
+    with pytest.raises(RuntimeError) as error:
+        training(1, make_camvid(tmp_path, {"train": 2}), augment=[Kill(p=1)], workers=1)
+    full = RuntimeError("Caught ...\nRuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_0>: ...")
+    for raised in (error.value, full, BrokenProcessPool("A process in the process pool was terminated abruptly")):
+        answer = explain(raised, "train")
+        assert re.search(r"memory is full, or /dev/shm.*accepted: .*data\.workers=0", answer)
+        assert "\n" not in answer
+    assert (
+        explain(ValueError("Caught ValueError in ...\nTraceback:\nValueError: a.png\n"), "train") == "ValueError: a.png"
+    )
+    clear_frames(error.tb)
+
+
 def test_synthetic_set_is_written_and_read_as_cityscapes(tmp_path: Path) -> None:
     dataset = Synthetic(tmp_path / "scenes", train=2, val=1, test=1, size=[64, 128])
     loaded = module(dataset, classes="cityscapes", report_split="test")
@@ -477,9 +531,6 @@ def test_synthetic_set_is_written_and_read_as_cityscapes(tmp_path: Path) -> None
     loaded.prepare_data()
     loaded.setup()
     assert [len(loaded.samples(split)) for split in ("train", "val", "test")] == [2, 1, 1]
-    assert next(iter(loaded.train_dataloader()))["image"].shape == (2, 3, 32, 48)
-    with pytest.raises(ValueError, match="scene: got 'lake', accepted: street"):
-        Synthetic(tmp_path, scene="lake")
 
 
 def test_a_data_set_of_ones_own_needs_only_samples(tmp_path: Path) -> None:
@@ -494,7 +545,7 @@ def test_a_data_set_of_ones_own_needs_only_samples(tmp_path: Path) -> None:
 def test_camvid_itself(camvid: Path) -> None:
     loaded = module(CamVid(camvid), report_split="test")
     loaded.setup("fit")
-    image, mask = loaded.image_and_mask("train", 0)
+    image, mask = loaded.examples("train", 1)[0]
     assert (image.shape, mask.shape) == ((360, 480, 3), (360, 480))
     assert image[mask == 0].mean() > image[mask == 3].mean()  # the sky is brighter than the road
     assert ClassTable.load(camvid / "classes.json").classes == CAMVID.classes

@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from rich.progress import track
 
 from bisenet.classes import ClassTable
-from bisenet.data.datasets import IncompleteSplit, Sample, check_headers, list_samples, read_sample
+from bisenet.data.datasets import NEARLY_BLACK, IncompleteSplit, Sample, check_headers, list_samples, read_sample
 
 
 @dataclass
@@ -27,13 +26,15 @@ class _Split:
     problems: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)  # that are fit
     ignored: list[str] = field(default_factory=list)  # those whose labels are ignored all over
+    black: list[str] = field(default_factory=list)  # those that are nearly black
     sizes: Counter[str] = field(default_factory=Counter)
     counts: np.ndarray = field(default_factory=lambda: np.zeros((5, 256), np.int64))  # see _inspect
 
 
 def check(
-    dataset: Any, table: ClassTable, splits: Sequence[str], train_split: str, workers: int | None = None
-) -> dict[str, Any]:
+    dataset: Any, table: ClassTable, splits: Sequence[str], train_split: str, workers: int | None = None,
+    exif: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Read every file of some splits as training would, in several processes.
 
     Args:
@@ -42,6 +43,7 @@ def check(
         splits: their names.
         train_split: the one that is trained on; mean and standard deviation are suggested from it.
         workers: number of processes beside this one; 0: none, None: one per core.
+        exif: as of :func:`bisenet.data.datasets.list_samples`.
 
     Returns:
         Plain data: ``class_table``, its name; ``fit``, whether every file is what it should be and there is something
@@ -49,13 +51,11 @@ def check(
         ``problems``, one line for each missing or wrong file, or for a split that cannot be listed.
 
     Raises:
-        ValueError: ``workers`` is out of range, or one of them was killed.
+        BrokenProcessPool: one of the processes was killed.
     """
-    if workers is not None and workers < 0:
-        raise ValueError(f"workers: got {workers}, accepted: null or an integer of at least 0")
     cv2.setNumThreads(0)  # before the fork: threads of OpenCV do not survive it
     processes = (os.cpu_count() or 1) if workers is None else workers
-    walked = {split: _walk(dataset, table, split, processes) for split in splits}
+    walked = {split: _walk(dataset, table, split, exif, processes) for split in splits}
     found = {split: _describe(walk, table) for split, walk in walked.items()}
     measured = train_split if train_split in found else splits[0]
     mean, std = found[measured]["mean"], found[measured]["std"]
@@ -68,42 +68,35 @@ def check(
     }
 
 
-def _walk(dataset: Any, table: ClassTable, split: str, workers: int) -> _Split:
+def _walk(dataset: Any, table: ClassTable, split: str, exif: str | None, workers: int) -> _Split:
     found, samples = _Split(), list[Sample]()
     try:
-        samples = list_samples(dataset, split)
+        samples = list_samples(dataset, split, exif)
         found.pairs = len(samples)
     except IncompleteSplit as error:
         samples, found.pairs = error.samples, error.pairs
         found.problems += error.problems
     except (OSError, ValueError) as error:
         found.problems.append(str(error))
-    inspected = _inspect_all(samples, table, workers)
-    for sample, result in track(zip(samples, inspected, strict=True), f"reading {split}", total=len(samples)):
-        if isinstance(result, str):
-            found.problems.append(result)
-            continue
-        size, counts = result
-        found.images.append(str(sample.image))
-        if counts[3, table.ignore_index] == counts[3].sum():
-            found.ignored.append(str(sample.image))
-        found.sizes[size] += 1
-        found.counts += counts
-    return found
-
-
-def _inspect_all(samples: list[Sample], table: ClassTable, workers: int) -> Iterator[tuple[str, np.ndarray] | str]:
     inspect = partial(_inspect, table=table)
-    if workers == 0 or len(samples) < 2 * workers:
-        yield from map(inspect, samples)
-        return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    try:
-        with ProcessPoolExecutor(workers, context) as pool:
-            yield from pool.map(inspect, samples, chunksize=max(1, min(16, len(samples) // (4 * workers))))
-    except BrokenProcessPool as error:
-        cause = "one of which was killed, most likely because memory ran out"
-        raise ValueError(f"workers: got {workers}, {cause}; accepted: fewer, such as workers=1, or 0") from error
+    with ProcessPoolExecutor(workers or 1, context) as pool:
+        results = pool.map(inspect, samples, chunksize=4) if workers else map(inspect, samples)
+        for sample, result in track(zip(samples, results, strict=True), f"reading {split}", total=len(samples)):
+            if isinstance(result, str):
+                found.problems.append(result)
+                continue
+            size, counts = result
+            found.images.append(str(sample.image))
+            if counts[3, table.ignore_index] == counts[3].sum():
+                found.ignored.append(str(sample.image))
+            if not counts[:3, 16:].any():
+                found.black.append(str(sample.image))
+            found.sizes[size] += 1
+            found.counts += counts
+    if found.black and found.black == found.images:
+        found.problems.append(f"all images are black, {NEARLY_BLACK}")
+    return found
 
 
 def _inspect(sample: Sample, table: ClassTable) -> tuple[str, np.ndarray] | str:
@@ -146,6 +139,8 @@ def _warnings(walked: dict[str, _Split], table: ClassTable, split: str, train_sp
         yield f"{split}: {len(absent)} classes never occur and {effect}: {', '.join(absent)}"
     if found.ignored:
         yield f"{split}: {len(found.ignored)} labels are ignored all over, the first of {found.ignored[0]}"
+    if found.black:
+        yield f"{split}: {len(found.black)} images are black, the first {found.black[0]}: {NEARLY_BLACK}"
     if repeated := [image for image, times in Counter(found.images).items() if times > 1]:
         yield f"{split}: {len(repeated)} images are listed, and count, more than once: {repeated[0]} ..."
     trained_on = set(walked[train_split].images) if train_split in walked and split != train_split else set()

@@ -22,9 +22,6 @@ from bisenet.data import datasets
 from bisenet.data.datasets import Sample
 from bisenet.launch import ENDING_SIGNALS
 
-# What is read of a split before the first step: a few seconds at the size of Cityscapes, all labels of a small set.
-_READ_LABELS, _READ_SAMPLES = 400, 16
-
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +48,8 @@ class SegmentationDataModule(L.LightningDataModule):
         batch_size: images per optimisation step, over all devices and all accumulated batches.
         workers: data-loading processes per device; 0 loads in the main process. The data do not depend on it.
         limit: use only the first so many images of every split; None: all.
+        exif: what becomes of images that the camera notes to be shown turned or mirrored: ``apply`` (the label was
+            drawn on the upright image), ``ignore`` (on the pixels as stored), or None: an error that names the file.
 
     Raises:
         ValueError: a value outside its range, or a mistake in the class table; with :meth:`setup`, in the data set.
@@ -62,19 +61,13 @@ class SegmentationDataModule(L.LightningDataModule):
         val_split: str = "val", report_split: str = "val", mean: Sequence[float] = (0.3257, 0.3690, 0.3223),
         std: Sequence[float] = (0.2112, 0.2148, 0.2115), eval_window: Sequence[int] = (1024, 1024),
         eval_short_side: int | None = None, batch_size: int = 16, workers: int = 2, limit: int | None = None,
+        exif: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        for key, values, least, accepted in (("mean", mean, 0, "[0, 1]"), ("std", std, 1e-9, "(0, 1]")):
-            if not isinstance(values, Sequence) or len(values) != 3 or not all(least <= v <= 1 for v in values):
-                raise ValueError(f"{key}: got {values}, accepted: three values in {accepted}")
-        if not isinstance(eval_window, Sequence) or len(eval_window) != 2:
-            raise ValueError(f"eval_window: got {eval_window}, accepted: [height, width] in pixels, each at least 32")
-        needed = {"eval_window": (min(eval_window), 32), "batch_size": (batch_size, 1), "workers": (workers, 0)}
-        optional = {"eval_short_side": (eval_short_side, 32), "limit": (limit, 1)}
-        for key, (value, least) in (needed | optional).items():
-            if not (isinstance(value, int) and value >= least) and not (value is None and key in optional):
-                null = "null or " if key in optional else ""
-                raise ValueError(f"{key}: got {value}, accepted: {null}an integer of at least {least}")
+        most = sys.maxsize if limit is None else limit
+        for key, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("limit", most, 1)):
+            if not (isinstance(value, int) and value >= least):
+                raise ValueError(f"{key}: got {value}, accepted: an integer of at least {least}")
         transforms = list(augment.values()) if isinstance(augment, Mapping) else list(augment)
         if wrong := [step for step in transforms if not isinstance(step, A.BasicTransform | A.BaseCompose)]:
             raise ValueError(f"augment: got {wrong[0]!r}, accepted: transforms of albumentations")
@@ -87,7 +80,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.name, self.transform, self.seed = name, A.Compose(transforms), seed
         self.train_split, self.val_split, self.report_split = train_split, val_split, report_split
         self.mean, self.std, self.eval_window, self.eval_short_side = mean, std, eval_window, eval_short_side
-        self.batch_size, self.workers, self.limit = batch_size, workers, limit
+        self.batch_size, self.workers, self.limit, self.exif = batch_size, workers, limit, exif
         self._samples: dict[str, list[Sample]] = {}
         self._digests: dict[str, str] = {}
 
@@ -120,15 +113,17 @@ class SegmentationDataModule(L.LightningDataModule):
                 the wrong kind or has no label, ids outside the class table, or a split with only ignored pixels.
         """
         if split not in self._samples:
-            samples = datasets.list_samples(self.dataset, split)[: self.limit]
+            samples = datasets.list_samples(self.dataset, split, self.exif)[: self.limit]
             for sample in samples:
                 datasets.check_headers(sample)
-            masks = (datasets.read_mask(sample, self.table) for sample in _spread(samples, _READ_LABELS))
+            # A few seconds at the size of Cityscapes, all labels of a small set.
+            masks = (datasets.read_mask(sample, self.table) for sample in _spread(samples, 400))
             ignored = [(mask == self.table.ignore_index).all() for mask in masks]
             if all(ignored):  # as in the labels of Cityscapes' test split that are public
                 raise ValueError(f"split {split!r} of {self.root} has only ignored pixels, {datasets.NOT_SCORABLE}")
-            for sample in _spread(samples, _READ_SAMPLES):
-                datasets.read_sample(sample, self.table)
+            images = (datasets.read_sample(sample, self.table)[0] for sample in _spread(samples, 16))
+            if max(image.max() for image in images) < 16:
+                raise ValueError(f"split {split!r} of {self.root} has only black images, {datasets.NEARLY_BLACK}")
             self._samples[split] = samples
             self._digests[split] = _digest(samples, self.root)
         return self._samples[split]
@@ -148,12 +143,8 @@ class SegmentationDataModule(L.LightningDataModule):
                     "that the run was begun with"
                 )
 
-    def image_and_mask(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """One sample of a split: image, RGB uint8 (H, W, 3), and mask, uint8 (H, W), of train ids."""
-        return datasets.read_sample(self.samples(split)[index], self.table)
-
     def examples(self, split: str, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Up to so many samples as :meth:`image_and_mask` gives them, evenly over a split and always the same."""
+        """Up to so many images and masks, evenly over a split and always the same (see ``datasets.read_sample``)."""
         return [datasets.read_sample(sample, self.table) for sample in _spread(self.samples(split), most)]
 
     def class_counts(self, split: str) -> np.ndarray:

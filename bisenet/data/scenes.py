@@ -25,7 +25,6 @@ Colour = tuple[float, float, float]  # RGB in 0..255
 
 GENERATOR = 3
 """Version of the scenes, to be raised whenever the same parameters give other pixels."""
-SPLITS = ("train", "val", "test")
 
 # Id in label files, and colours. Hues that differ between classes make a network of a few hundred steps see them, as
 # size and shape do for longer ones.
@@ -208,9 +207,8 @@ def _street(c: _Canvas) -> None:
         things.append((abs(x if band is None else band), z, lambda: draw(c, x, z, *more)))
 
     c.box((-2 * _FAR, 2 * _FAR), deep, c.tint("terrain"), "terrain")
-    lanes = [
-        _LANE * k for k in range(-int(rng.integers(2, 4)), 2 + (rng.random() < 0.3))
-    ]  # cars park in the outer ones
+    # Cars park in the outer lanes.
+    lanes = [_LANE * k for k in range(-int(rng.integers(2, 4)), 2 + (rng.random() < 0.3))]
     kerbs = [abs(lane) + _LANE / 2 for lane in (lanes[0], lanes[-1])]
     walks = [kerb + rng.uniform(2.5, 4.5) for kerb in kerbs]
     c.box((-walks[0], walks[1]), deep, c.tint("sidewalk"), "sidewalk")
@@ -264,28 +262,16 @@ def render_scene(seed: int, split: str, number: int, size: Size, scene: str = "s
     return canvas.develop()
 
 
-def require_scenes(counts: Mapping[str, int], size: Sequence[int], scene: str) -> None:
-    """Raise ValueError for a set of scenes that cannot be drawn."""
-    if not set(counts) <= set(SPLITS) or min(counts.values(), default=0) < 0 or not sum(counts.values()):
-        raise ValueError(f"counts: got {dict(counts)}, accepted: {', '.join(SPLITS)} with 0 or more, not 0 in all")
-    if len(size) != 2 or size[0] < 64 or size[1] < 128 or size[0] % 2 or size[1] % 2:
-        raise ValueError(f"size: got {list(size)}, accepted: even height and width in pixels from [64, 128] up")
-    if scene not in ("street", "shapes"):
-        raise ValueError(f"scene: got {scene!r}, accepted: street | shapes")
-
-
-def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: int, scene: str = "street") -> None:
+def write_synthetic(root: Path, counts: Mapping[str, int], size: Size, seed: int, scene: str = "street") -> None:
     """Write ``counts[split]`` scenes of each split below ``root``, in the layout of Cityscapes.
 
     What is already there is kept, so that an interrupted set gets completed; several processes may write the same set
     at once. Many scenes are shared out over the cores, which changes nothing in them.
 
     Raises:
-        ValueError: wrong parameters, or a ``root`` that holds another set or anything else; nothing is written then.
+        ValueError: a ``root`` that holds another set or anything else; nothing is written then.
     """
-    require_scenes(counts, size, scene)
-    asked: dict[str, Any] = {"generator": GENERATOR, "scene": scene, "seed": seed, "size": list(size)}
-    asked["counts"] = {split: counts.get(split, 0) for split in SPLITS}
+    asked = {"generator": GENERATOR, "scene": scene, "seed": seed, "size": list(size), "counts": dict(counts)}
     manifest = root / "synthetic.json"
     # Looked at before the manifest is: another process may just be writing it, and then the images.
     occupied = root.is_file() or any((root / folder).exists() for folder in ("leftImg8bit", "gtFine"))
@@ -296,21 +282,19 @@ def write_synthetic(root: Path, *, counts: Mapping[str, int], size: Size, seed: 
             f"{root} holds something else than these synthetic scenes ({wrong}), which is left as it is. "
             "Choose another data.root; or delete that folder, and the scenes asked for are drawn there"
         )
-    scenes = [(split, number) for split in SPLITS for number in range(asked["counts"][split])]
+    scenes = [(split, number) for split, count in counts.items() for number in range(count)]
     missing = [place for place in scenes if not all(path.exists() for path in _paths(root, *place))]
     if missing:
         _publish(manifest, json.dumps(asked, indent=2).encode())
-    processes = min(os.cpu_count() or 1, 1 + len(missing) // 20)  # drawing fewer is not worth a process
-    if processes > 1:
-        cv2.setNumThreads(0)  # here: threads of OpenCV do not survive a fork
-    with ProcessPoolExecutor(processes) as pool:
-        drawn = (pool.map if processes > 1 else map)(partial(_draw, root, seed, size, scene), missing)
-        for _ in track(drawn, f"Drawing scenes in {root}", total=len(missing), disable=len(missing) < 40):
+    few = len(missing) < 40  # not worth a process
+    cv2.setNumThreads(0)  # here: threads of OpenCV do not survive a fork
+    with ProcessPoolExecutor() as pool:
+        drawn = (map if few else pool.map)(partial(_draw, root, seed, size, scene), missing)
+        for _ in track(drawn, f"Drawing scenes in {root}", total=len(missing), disable=few):
             pass
 
 
 def _draw(root: Path, seed: int, size: Size, scene: str, place: tuple[str, int]) -> None:
-    """Draw a scene to its files."""
     image, label = render_scene(seed, *place, size, scene)
     for path, pixels in zip(_paths(root, *place), (image[..., ::-1], label), strict=True):
         _publish(path, cv2.imencode(".png", pixels)[1].tobytes())

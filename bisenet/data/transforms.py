@@ -10,6 +10,7 @@ import numpy as np
 
 _MEAN = (1 / 3, 1 / 3, 1 / 3)
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL
+_SIDES = {"round": round, "ceil": math.ceil, "floor": math.floor}
 
 
 class ScaleCrop(A.DualTransform):
@@ -24,32 +25,36 @@ class ScaleCrop(A.DualTransform):
         mode: ``uniform`` or ``choice``.
         too_small: what is smaller than ``size`` is padded on all sides (``pad``: image 0, mask 255, which is ignored),
             or resized once more until it fits (``enlarge``).
+        sides: how the sides of the scaled image become whole pixels: ``round``, or as the generations of the reference
+            ``ceil`` (current) or ``floor`` (older).
 
     Raises:
         ValueError: a value outside its range.
     """
 
     def __init__(
-        self, size: Sequence[int], scale: Sequence[float] = (0.5, 2.0), mode: str = "uniform", too_small: str = "pad"
-    ) -> None:
+        self, size: Sequence[int], scale: Sequence[float] = (0.5, 2.0), mode: str = "uniform", too_small: str = "pad",
+        sides: str = "round",
+    ) -> None:  # fmt: skip
         super().__init__(p=1)
         _require(_numbers(size, 32) and len(size) == 2, "size", size, "[height, width] in pixels, each at least 32")
         _require(mode in ("uniform", "choice"), "mode", mode, "uniform | choice")
         _require(too_small in ("pad", "enlarge"), "too_small", too_small, "pad | enlarge")
+        _require(sides in _SIDES, "sides", sides, " | ".join(_SIDES))
         _require(_numbers(scale, 1e-9) and len(scale) > 0, "scale", scale, "positive factors")
         ordered = mode == "choice" or (len(scale) == 2 and scale[0] <= scale[1])
         _require(ordered, "scale", scale, "[low, high] with low <= high where mode is uniform")
-        self.size, self.scale = (int(size[0]), int(size[1])), tuple(scale)
-        self.mode, self.too_small = mode, too_small
+        self.size, self.scale, self.mode, self.too_small = (size[0], size[1]), tuple(scale), mode, too_small
+        self.sides = sides
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draw the size of the scaled image, and the corner of the window in it: below 0 where the image is padded."""
         source = params["shape"][:2]
         factor = self.py_random.choice(self.scale) if self.mode == "choice" else self.py_random.uniform(*self.scale)
-        scaled = [max(1, round(factor * length)) for length in source]
+        scaled = [max(1, _SIDES[self.sides](factor * length)) for length in source]
         grow = max(crop / length for crop, length in zip(self.size, scaled, strict=True))
         if self.too_small == "enlarge" and grow > 1:
-            scaled = [max(crop, round(grow * length)) for crop, length in zip(self.size, scaled, strict=True)]
+            scaled = [int(grow * length + 1) for length in scaled]
         room = [length - crop for crop, length in zip(self.size, scaled, strict=True)]
         return {"scaled": scaled, "corner": [self.py_random.randint(0, r) if r >= 0 else r // 2 for r in room]}
 
@@ -88,19 +93,23 @@ class ColorJitter(A.ImageOnlyTransform):
         pivot: grey value in [0, 255] that contrast keeps in place; saturation then takes the mean of the channels for
             grey, as the current generation of the reference. None does as PIL's enhancers: the pivot is the mean grey
             of the image, and grey is the luma.
+        truncate: cut off the fraction of a level after each of the three, as the reference does, instead of rounding
+            after the last two: darker by a level and a half on average.
 
     Raises:
         ValueError: a value outside its range.
     """
 
     def __init__(
-        self, brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4, pivot: float | None = 74.0
-    ) -> None:
+        self, brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4, pivot: float | None = 74.0,
+        truncate: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(p=1)
         for name, value in {"brightness": brightness, "contrast": contrast, "saturation": saturation}.items():
             _require(_numbers([value], 0), name, value, "a number of at least 0")
         _require(pivot is None or 0 <= pivot <= 255, "pivot", pivot, "null or a grey value in [0, 255]")
         self.brightness, self.contrast, self.saturation, self.pivot = brightness, contrast, saturation, pivot
+        self.truncate = truncate
 
     def get_params(self) -> dict[str, Any]:
         """Draw the three factors."""
@@ -110,16 +119,17 @@ class ColorJitter(A.ImageOnlyTransform):
     def apply(self, img: np.ndarray, *, factors: tuple[float, float, float], **_: Any) -> np.ndarray:
         """Adjust the image; the mask stays as it is."""
         brightness, contrast, saturation = factors
-        grey, pivot = _MEAN, self.pivot
-        levels = brightness * np.arange(256)
+        grey, pivot, whole = _MEAN, self.pivot, np.floor if self.truncate else np.rint
+        levels = (brightness * np.arange(256)).clip(0, 255)
+        if self.truncate:
+            levels = whole(levels)
         if pivot is None:
-            grey, pivot = _LUMA, np.dot(cv2.mean(cv2.LUT(img, _to_uint8(levels)))[:3], _LUMA)
-        img = cv2.LUT(img, _to_uint8(pivot + contrast * (levels.clip(0, 255) - pivot)))
-        return cv2.transform(img, saturation * np.eye(3) + (1 - saturation) * np.array([grey, grey, grey]))
-
-
-def _to_uint8(values: np.ndarray) -> np.ndarray:
-    return np.rint(values).clip(0, 255).astype(np.uint8)
+            grey, pivot = _LUMA, np.dot(cv2.mean(cv2.LUT(img, whole(levels).astype(np.uint8)))[:3], _LUMA)
+            pivot = np.rint(pivot) if self.truncate else pivot  # PIL's is whole
+        img = cv2.LUT(img, whole(pivot + contrast * (levels - pivot)).clip(0, 255).astype(np.uint8))
+        mix = saturation * np.eye(3) + (1 - saturation) * np.array([grey, grey, grey])
+        shift = 0.0005 - 0.5 if self.truncate else 0  # OpenCV rounds
+        return cv2.transform(img, np.c_[mix, [shift, shift, shift]])
 
 
 def _numbers(values: Any, least: float) -> bool:

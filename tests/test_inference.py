@@ -244,8 +244,8 @@ def test_a_large_image_passes_in_strips_and_has_the_same_labels(make: Any, monke
     network, image, sizes = make(5).eval(), torch.randn(1, 3, 331, 90), list[int]()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.get_buffer("running_mean"))
+            nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2)
             module.register_forward_hook(lambda _, __, out: sizes.append(out.numel()))
     with torch.inference_mode():
         whole, largest = network(image).logits, max(sizes)

@@ -6,8 +6,9 @@ How it counts. The source is compiled for a GPU with line numbers and disassembl
 line, and the lines from which that one was inlined. The same source, compiled for the CPU (``tests/cuda_shim.h``) with
 gcov, runs a head with the blocks and tiles of a GPU, all pixels hard: every line then has a number of executions. A
 basic block of instructions weighs the median of its lines' executions, made to agree with what flows in and out of it;
-in an unrolled loop that is divided by the number of copies. Loops that only the first threads of a block take are counted for whole warps. The result is
-instructions issued per warp for 32 pixels, which is instructions of a thread per pixel, the rims of tiles included.
+in an unrolled loop that is divided by the number of copies. Loops that only the first threads of a block take are
+counted for whole warps. The result is instructions issued per warp for 32 pixels, which is instructions of a thread per
+pixel, the rims of tiles included.
 
 What it assumes. Time is the longest of three: instructions at 75 % of one per scheduler and clock, exponentials at 16
 per multiprocessor and clock, bytes at the bandwidth of a copy; and 25 us for six launches and their ends. Nobody has
@@ -176,14 +177,14 @@ class Block:
 
     @property
     def signature(self) -> tuple[Any, ...] | None:
-        """The same in copies of a block, None in small ones: the line of most, and how many there are of what is most."""
+        """The same in copies of a block, None in small ones: their commonest line, and the commonest instruction."""
         if len(self.instructions) < 10 or not self.chains:
             return None
         return statistics.mode(self.chains), Counter(self.instructions).most_common(1)[0]
 
 
 def flow(blocks: list[Block], labels: dict[str, int]) -> list[float]:
-    """Executions of each block: as many leave as enter, and they are as near as that allows to the medians of the lines.
+    """Executions of each block: as many leave as enter, as near as that allows to the medians of the lines.
 
     A linear program over the edges. Of blocks that the compiler wrote twice the sum counts, since one of them runs, and
     lines that the CPU never reached weigh much.

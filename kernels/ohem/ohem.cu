@@ -545,11 +545,11 @@ __device__ __forceinline__ void gather(
     float sum[4 * N];
 #pragma unroll
     for (int i = 0; i < 4 * N; ++i)
-        sum[i] = 0.0f * scale;  // NaN where that is
+        sum[i] = 0.0f;
     const int middle = starts[q + 1] + q, last = some ? starts[q + 2] + q : -1;
 #pragma unroll 1
-    for (int p = starts[q] + q; p <= last; p += p + 1 == middle ? 2 : 1) {  // the place in the middle is nobody's
-        const float fraction = fractions[p], weight = (p < middle ? fraction : 1.0f - fraction) * scale;
+    for (int p = starts[q] + q; p <= last; ++p) {  // the place in the middle is nobody's and holds zeros
+        const float fraction = fractions[p], weight = p < middle ? fraction : 1.0f - fraction;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const float4 one = ((const float4*)gathered[p])[j + i];
@@ -573,7 +573,7 @@ __device__ __forceinline__ void gather(
 #pragma unroll
     for (int i = 0; i < 4 * N; ++i)
         if (4 * j + i < K) {
-            store(out, sum[i]);
+            store(out, sum[i] * scale);
             out += step;
         }
 }

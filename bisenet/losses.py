@@ -191,9 +191,9 @@ def ohem_cross_entropy(
         logits give infinity or NaN.
 
     Raises:
-        ValueError: arguments outside their range; shapes or dtypes that do not fit; ``at_least_n_min`` with a count above
-            the pixels of the batch; on the CPU, labels that are neither a class nor 255 (on other devices these make
-            the loss NaN, since raising would stall the device).
+        ValueError: arguments outside their range; shapes or dtypes that do not fit; ``at_least_n_min`` with a count
+            above the pixels of the batch; on the CPU, labels that are neither a class nor 255 (on other devices these
+            make the loss NaN, since raising would stall the device).
         RuntimeError: ``impl="cuda"`` where the kernel cannot be built, or fails a small example.
     """
     return _loss(logits, target, _rule(threshold, min_kept, normalizer), align_corners, class_weights, impl)

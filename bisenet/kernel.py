@@ -9,10 +9,10 @@ Shapes: N images, C classes, (h, w) the size of a head, (H, W) the size of the l
 import logging
 import math
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,23 +53,11 @@ class Specialization(NamedTuple):
         return [(f"OHEM_{name.upper()}", str(value)) for name, value in self._asdict().items()]
 
 
-class Library(Protocol):
-    """Compiled kernels. ``launch`` starts ``grid`` blocks; tensors are pointers, ints have 64 bits and floats 32."""
-
-    block: int
-    multiprocessors: int
-
-    def launch(self, kernel: str, grid: int, *arguments: Argument) -> None: ...  # noqa: D102
-
-
 def source_path() -> Path:
     """``ohem.cu``: beside the package in a wheel, in ``kernels/`` of a checkout."""
     package = Path(__file__).parent
-    candidates = (package / "kernels" / "ohem" / "ohem.cu", package.parent / "kernels" / "ohem" / "ohem.cu")
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"the source of the kernel is missing: neither {candidates[0]} nor {candidates[1]} exists")
+    inside = package / "kernels" / "ohem" / "ohem.cu"
+    return inside if inside.is_file() else package.parent / "kernels" / "ohem" / "ohem.cu"
 
 
 def compile_source(arch: str, specialization: Specialization, *, cache: Any = None, logs: Any = None) -> Any:
@@ -78,18 +66,12 @@ def compile_source(arch: str, specialization: Specialization, *, cache: Any = No
     ``cache`` is a ``cuda.core.utils.ProgramCacheResource`` to look in first; ptxas writes registers and spills to
     ``logs.write``. Returns a ``cuda.core.ObjectCode`` with a cubin.
     """
-    from cuda.core import Program  # type: ignore[attr-defined]
+    from cuda.core import Program, ProgramOptions  # type: ignore[attr-defined]
 
-    options = _options(arch, specialization, ["-v"] if logs else None)
+    settings: dict[str, Any] = {"define_macro": specialization.macros, "ptxas_options": ["-v"] if logs else None}
+    options = ProgramOptions(name="ohem.cu", arch=arch, std="c++17", **settings)
     with_cache = {} if cache is None else {"cache": cache}  # which cuda.core before 1.0 does not know
     return Program(source_path().read_text(), "c++", options).compile("cubin", logs=logs, **with_cache)
-
-
-def _options(arch: str, specialization: Specialization, ptxas_options: list[str] | None = None) -> Any:
-    from cuda.core import ProgramOptions  # type: ignore[attr-defined]
-
-    settings: dict[str, Any] = {"define_macro": specialization.macros, "ptxas_options": ptxas_options}
-    return ProgramOptions(name="ohem.cu", arch=arch, std="c++17", **settings)
 
 
 def _load(arch: str, specialization: Specialization) -> dict[str, Any]:
@@ -100,23 +82,21 @@ def _load(arch: str, specialization: Specialization) -> dict[str, Any]:
         return {name: code.get_kernel(name) for name in KERNELS}
 
     try:
-        from cuda.core.utils import FileStreamProgramCache, make_program_cache_key  # type: ignore[import-not-found]
+        from cuda.core.utils import FileStreamProgramCache  # type: ignore[import-not-found]
 
         return kernels(FileStreamProgramCache())
     except Exception as error:  # no cache in this cuda.core, a folder that cannot be written, a damaged entry
         compiled = kernels(None)  # raises again where the cache is not to blame
-        _warn_once(f"compiled without the cache of compiled kernels, which failed: {type(error).__name__}: {error}")
-    with suppress(Exception):  # so that the next process writes the entry anew
-        source, options = source_path().read_text(), _options(arch, specialization)
-        key = make_program_cache_key(code=source, code_type="c++", options=options, target_type="cubin")
-        del FileStreamProgramCache()[key]
-    return compiled
+        _warn_once(f"compiled without cuda.core's cache of programs, which failed: {type(error).__name__}: {error}")
+        return compiled
 
 
 _warn_once = cache(log.warning)
 
 
-class _CudaLibrary:
+class Library:
+    """Compiled kernels on one device."""
+
     def __init__(self, device: int, specialization: Specialization) -> None:
         from cuda.core import Device, LaunchConfig, Stream, launch  # type: ignore[attr-defined]
 
@@ -129,6 +109,7 @@ class _CudaLibrary:
         self._launch, self._stream = launch, lru_cache(maxsize=128)(Stream.from_handle)
 
     def launch(self, kernel: str, grid: int, *arguments: Argument) -> None:
+        """Start ``grid`` blocks on the current stream; tensors are pointers, ints have 64 bits and floats 32."""
         stream = self._stream(torch.cuda.current_stream().cuda_stream or 1)  # CU_STREAM_LEGACY; 0 may mean another
         pointers = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
         values = [np.float32(value) if type(value) is float else value for value in pointers]
@@ -137,10 +118,8 @@ class _CudaLibrary:
 
 @cache
 def library(device: torch.device, specialization: Specialization) -> Library:
-    """The kernels for a device, compiled once per process."""
-    if device.type != "cuda":
-        raise ValueError(f"the CUDA kernel takes tensors on a CUDA device, got {device}")
-    return _CudaLibrary(torch.cuda.current_device() if device.index is None else device.index, specialization)
+    """The kernels for a CUDA device, compiled once per process."""
+    return Library(torch.cuda.current_device() if device.index is None else device.index, specialization)
 
 
 def specialize(
@@ -208,19 +187,8 @@ class _Axis(NamedTuple):
         return self.full if self.scale == 0 else 1 + math.floor(max(count - 3, 0) / self.scale)
 
 
-def gradient_tile(vertical: _Axis, horizontal: _Axis, block: int, most_columns: int) -> tuple[int, int]:
-    """Rows and columns of logits whose gradient one block writes: their pixels fit in a row of ``block`` threads."""
-    columns = min(horizontal.size, most_columns)
-    while columns > 1 and horizontal.pixels_near(columns) > block:
-        columns -= 1
-    if horizontal.pixels_near(columns) > block:
-        return 1, 1
-    rows = 1 if vertical.scale == 0 else round(_GRADIENT_ROWS * vertical.scale)
-    return max(1, min(rows, vertical.size, _MOST_GRADIENT_ROWS)), columns
-
-
 class _Plan(NamedTuple):
-    """How both passes are launched."""
+    """How both passes are launched. A tile is rows and columns: of pixels forward, of logits backward."""
 
     geometry: tuple[Argument, ...]  # the arguments of that name in the source, but for tensors
     grids: tuple[int, int]
@@ -234,7 +202,10 @@ def _plan(shapes: tuple[torch.Size, ...], align_corners: bool, specialization: S
     most = specialization.block // 2  # columns of logits that shared memory has room for, but for those at the rim
     vertical, horizontal = (_Axis.make(*sizes, align_corners) for sizes in zip(size, full, strict=True))
     width = min(block, horizontal.pixels_beside(most + 3))
-    rows, columns = gradient_tile(vertical, horizontal, block, most)
+    fitting = (n for n in range(min(horizontal.size, most), 0, -1) if horizontal.pixels_near(n) <= block)
+    columns = next(fitting, 0)  # whose pixels fit in a row of threads; else one logit to a block, in several turns
+    rows = min(max(round(_GRADIENT_ROWS * vertical.scale), 1), vertical.size, _MOST_GRADIENT_ROWS) if columns else 1
+    columns = max(columns, 1)
     chunks = 1 if specialization.classes else -(-classes // _CHUNK)
     forward = images * -(-vertical.full // _TILE_ROWS) * -(-horizontal.full // width)
     backward = chunks * images * -(-vertical.size // rows) * -(-horizontal.size // columns)

@@ -166,24 +166,23 @@ def ohem_cross_entropy(
     """Mean cross entropy over the hard pixels of a batch.
 
     A pixel is valid when its label is not 255, and hard when the probability of its label is below ``threshold``. If
-    fewer than n_min pixels are hard, the n_min valid ones with the largest losses are kept instead; pixels that tie for
-    the last places share the remaining weight equally, so that value and gradient are deterministic.
+    fewer than n_min pixels are hard, the n_min valid ones with the largest losses are kept; ties for the last places
+    share the remaining weight equally, so that value and gradient are deterministic.
 
     Args:
         logits: float32, float16, bfloat16 (computed in float32) or float64 (N, C, h, w), upsampled bilinearly to
             (H, W) unless they have that size.
         target: uint8 or int64 (N, H, W), class in [0, C) or 255.
         threshold: probability in (0, 1].
-        min_kept: n_min: a float in [0, 1] is a fraction of the valid pixels, rounded down (1/16: ``valid // 16``);
-            an int is a count, of which no more can be kept than are valid.
-        normalizer: divide by the number ``kept``, or by ``at_least_n_min`` = max(kept, n_min), n_min as asked for.
+        min_kept: n_min: a float in [0, 1] is a fraction of the valid pixels, rounded down; an int is a count.
+        normalizer: divide by the number ``kept``, or by ``at_least_n_min`` = max(kept, n_min), n_min as asked for: the
+            smaller the share of valid pixels, the smaller the loss.
         align_corners: as in ``torch.nn.functional.interpolate``.
         class_weights: float (C,). Pixels are selected by their unweighted losses; the mean over those kept
             is then the weighted one, sum(w l) / sum(w), times kept / divisor where the divisor is not their number.
         impl: ``torch`` is PyTorch code for any device, ``cuda`` the fused kernel (``kernels/README.md``), ``auto`` the
-            kernel where it runs: on CUDA, unless the logits are float64, there are ``class_weights``, it cannot be
-            compiled, or it fails a small example. The log says once which of them runs, and why. The first call of the
-            kernel for a type and number of classes waits for the device; call it once before a CUDA graph is captured.
+            kernel where it runs: on CUDA, without ``class_weights``, and right in a small example. The log says once
+            which runs, and why. The first call waits for the device: make it before a CUDA graph is captured.
 
     Returns:
         The loss (float32, or float64 for float64 logits) and the number of pixels kept (int64), both 0-d. Nothing
@@ -192,27 +191,18 @@ def ohem_cross_entropy(
         logits give infinity or NaN.
 
     Raises:
-        ValueError: arguments outside their range; shapes or dtypes that do not fit; on the CPU, labels that are neither
-            a class nor 255 (on other devices these make the loss NaN, since raising would stall the device).
+        ValueError: arguments outside their range; shapes or dtypes that do not fit; ``at_least_n_min`` with a count
+            above the pixels of the batch; on the CPU, labels that are neither a class nor 255 (on other devices these
+            make the loss NaN, since raising would stall the device).
         RuntimeError: ``impl="cuda"`` where the kernel cannot be built, or fails a small example.
     """
     return _loss(logits, target, _rule(threshold, min_kept, normalizer), align_corners, class_weights, impl)
 
 
-def cross_entropy(
-    logits: Tensor, target: Tensor, *, align_corners: bool, class_weights: Tensor | None = None, impl: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy over the valid pixels, and their number: :func:`ohem_cross_entropy` that keeps them all.
-
-    With ``class_weights`` it is the weighted mean of ``torch.nn.CrossEntropyLoss``.
-    """
-    return _loss(logits, target, _EVERYTHING, align_corners, class_weights, impl)
-
-
 def _loss(
     logits: Tensor, target: Tensor, rule: Rule, align_corners: bool, class_weights: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:
-    _check(logits, target, class_weights)
+    _check(logits, target, rule, class_weights)
     chosen = impl, logits.device, logits.dtype, target.dtype, logits.shape[1]
     if impl != "torch" and class_weights is None and _kernel_runs(*chosen):
         return kernel.ohem(logits, target, *rule, align_corners)[:2]
@@ -230,12 +220,15 @@ def _loss(
         return total / divisor, kept
 
 
-def _check(logits: Tensor, target: Tensor, class_weights: Tensor | None) -> None:
+def _check(logits: Tensor, target: Tensor, rule: Rule, class_weights: Tensor | None) -> None:
     if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target):
         shapes = f"logits {tuple(logits.shape)} and target {tuple(target.shape)}"
         raise ValueError(f"{shapes} do not fit together; accepted are (N, C, h, w) and (N, H, W)")
     if target.dtype not in kernel.LABEL_TYPES:
         raise ValueError(f"target has dtype {target.dtype}; accepted are torch.uint8 and torch.int64")
+    if not rule.kept_only and not rule.denominator and 0 < target.numel() < rule.numerator:
+        accepted = f"at most the pixels of a batch on one device, here {target.numel()}, or a share such as 0.0625"
+        raise ValueError(f"min_kept: got {rule.numerator} with normalizer 'at_least_n_min', accepted: {accepted}")
     if class_weights is not None and len(class_weights) != logits.shape[1]:
         raise ValueError(f"class_weights: got {len(class_weights)}, accepted: as many as classes, {logits.shape[1]}")
 
@@ -272,22 +265,21 @@ def _disagreement(device: torch.device, dtype: torch.dtype, label_dtype: torch.d
     """
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         draw = torch.Generator().manual_seed(0)
-        example = torch.randn(2, classes, 5, 9, generator=draw).to(device, dtype)
+        logits = torch.randn(2, classes, 5, 9, generator=draw).to(device, dtype).requires_grad_()
         target = torch.randint(classes, (2, 37, 70), generator=draw).to(device, label_dtype)
         target[:, :5] = kernel.IGNORED
         for rule in (Rule(math.log(classes), 0, 0, True), Rule(50.0, 1000, 0, True)):  # enough are hard; none is
-            theirs, ours = (example.clone().requires_grad_() for _ in range(2))
-            expected, _ = _loss(theirs, target, rule, False, None, "torch")
             try:
-                found = kernel.ohem(ours, target, *rule, False)[0]
-                gradients = torch.autograd.grad(found, ours)[0], torch.autograd.grad(expected, theirs)[0]
+                found = kernel.ohem(logits, target, *rule, False)[0]
+                slope = torch.autograd.grad(found, logits)[0]
             except Exception as error:  # whatever the driver says
                 return f"{type(error).__name__}: {error}"
+            expected = _loss(logits, target, rule, False, None, "torch")[0]
+            true_slope = torch.autograd.grad(expected, logits)[0]
             # a pixel on the edge of being hard may be kept by one of them
-            error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max().clamp(min=1e-4)
+            error = (slope - true_slope).abs().max() / true_slope.abs().max().clamp(min=1e-4)
             if not (abs(found - expected) <= 1e-4 + 0.02 * abs(expected) and error <= 0.1):
-                values = f"its loss for an example is {found:.5f} instead of {expected:.5f}"
-                return f"{values}, gradients differ by {error:.1%}"
+                return f"its loss for an example is {found:.5f}, not {expected:.5f}; gradients differ by {error:.1%}"
     return None
 
 

@@ -5,9 +5,10 @@
 How it counts. The source is compiled for a GPU with line numbers and disassembled: every instruction then names its
 line, and the lines from which that one was inlined. The same source, compiled for the CPU (``tests/cuda_shim.h``) with
 gcov, runs a head with the blocks and tiles of a GPU, all pixels hard: every line then has a number of executions. A
-basic block of instructions weighs the median of its lines' executions; in an unrolled loop that is divided by the
-number of copies. Loops that only the first threads of a block take are counted for whole warps. The result is
-instructions issued per warp for 32 pixels, which is instructions of a thread per pixel, the rims of tiles included.
+basic block of instructions weighs the median of its lines' executions, made to agree with what flows in and out of it;
+in an unrolled loop that is divided by the number of copies. Loops that only the first threads of a block take are
+counted for whole warps. The result is instructions issued per warp for 32 pixels, which is instructions of a thread per
+pixel, the rims of tiles included.
 
 What it assumes. Time is the longest of three: instructions at 75 % of one per scheduler and clock, exponentials at 16
 per multiprocessor and clock, bytes at the bandwidth of a copy; and 25 us for six launches and their ends. Nobody has
@@ -24,12 +25,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from cuda.core import Program, ProgramOptions
+from scipy.optimize import linprog
 
 from bisenet import kernel
 
@@ -167,21 +170,52 @@ class Block:
         """Label to which it may branch."""
         self.goes_on = True
         """Whether the next block may follow."""
+        self.ends = False
+        """Whether the function may end here."""
+        self.chains: list[tuple[int, ...]] = []
+        """Line of each instruction, and those it was inlined into."""
+
+    @property
+    def signature(self) -> tuple[Any, ...] | None:
+        """The same in copies of a block, None in small ones: their commonest line, and the commonest instruction."""
+        if len(self.instructions) < 10 or not self.chains:
+            return None
+        return statistics.mode(self.chains), Counter(self.instructions).most_common(1)[0]
 
 
 def flow(blocks: list[Block], labels: dict[str, int]) -> list[float]:
-    """Executions of each block: the median of its lines', but no more than enter it (lines move out of loops)."""
-    before: list[list[int]] = [[] for _ in blocks]
+    """Executions of each block: as many leave as enter, as near as that allows to the medians of the lines.
+
+    A linear program over the edges. Of blocks that the compiler wrote twice the sum counts, since one of them runs, and
+    lines that the CPU never reached weigh much.
+    """
+    edges = [(i, i + 1) for i, block in enumerate(blocks[:-1]) if block.goes_on]
+    edges += [(i, labels[block.target]) for i, block in enumerate(blocks) if block.target in labels]
+    entered = {to for _, to in edges}
+    edges += [(-1, i) for i in range(len(blocks)) if i not in entered]  # where a function begins
+    edges += [(i, -1) for i, block in enumerate(blocks) if block.ends]
+    n = len(blocks)
+    enters, leaves = np.zeros((n, len(edges))), np.zeros((n, len(edges)))
+    for e, (start, end) in enumerate(edges):
+        if end >= 0:
+            enters[end, e] = 1
+        if start >= 0:
+            leaves[start, e] = 1
+    copies: dict[Any, list[int]] = defaultdict(list)
     for i, block in enumerate(blocks):
-        if block.goes_on and i + 1 < len(blocks):
-            before[i + 1].append(i)
-        if block.target in labels:
-            before[labels[block.target]].append(i)
-    found = [statistics.median(block.weights) if block.weights else math.inf for block in blocks]
-    found = [
-        min(own, sum(found[j] for j in entries) if entries else own) for own, entries in zip(found, before, strict=True)
-    ]
-    return [0.0 if math.isinf(value) else value for value in found]
+        copies[block.signature or i].append(i)
+    together = np.array([enters[alike].sum(0) for alike in copies.values()])
+    medians = np.array([statistics.median(blocks[i].weights or [0.0]) for i, *_ in copies.values()])
+    costs = np.array([len(blocks[i].weights) for i, *_ in copies.values()]) * np.where(medians == 0, 100, 1)
+    apart = np.eye(len(copies))
+    found = linprog(
+        np.concatenate([np.zeros(len(edges)), costs]),
+        A_ub=np.block([[together, -apart], [-together, -apart]]),  # |entered - median| <= distance
+        b_ub=np.concatenate([medians, -medians]),
+        A_eq=np.hstack([enters - leaves, np.zeros((n, len(copies)))]),
+        b_eq=np.zeros(n),
+    )
+    return list(enters @ found.x[: len(edges)])
 
 
 def count(sass: str, lines: dict[int, Line], stride: int) -> dict[str, tuple[float, float]]:
@@ -238,8 +272,10 @@ def count(sass: str, lines: dict[int, Line], stride: int) -> dict[str, tuple[flo
                 block.instructions.append(found[2])
                 if chain:
                     block.weights.append(weight(tuple(chain)))
+                    block.chains.append(tuple(chain))
                 if found[2].startswith(("BRA", "EXIT", "RET", "CALL")):
-                    block.goes_on = bool(found[1]) or found[2].startswith("CALL")
+                    block.goes_on = bool(found[1]) or found[2].startswith(("CALL", "BRA.DIV", "BRA.CONV"))
+                    block.ends = found[2].startswith(("EXIT", "RET"))
                     target = re.search(r"`\((\S+)\)", found[3])
                     block.target = target[1] if target and found[2].startswith("BRA") else ""
                     blocks.append(Block())

@@ -323,8 +323,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) ohem_refine(
 
 #if OHEM_CLASSES > 0
 // ------------------------------------------------------------------- a number of classes that is known: staged rows
-// Rows of logits are staged in shared memory: in units of log 2 and less the largest class of their own pixel, so that
-// every interpolated score is at most 0.
+// Rows of logits are staged in shared memory, less the largest class of their own pixel, so that every interpolated score
+// is at most 0. Scores are in units of log 2, since the weights of the interpolation contain log2(e).
 
 constexpr int QUADS = (K + 3) / 4 | 1;      // an odd number of 16-byte words: no bank conflicts between neighbours
 constexpr int PAD = 4 * QUADS;
@@ -344,19 +344,20 @@ __device__ __forceinline__ void stage(
     StagedRow& to, const Logit* origin, int64 class_stride, int64 pixel_stride, int columns, int last) {
     const Offset step = Offset(class_stride);
     for (int i = threadIdx.x; i < columns; i += blockDim.x) {
-        const Offset first = min(i, last) * Offset(pixel_stride);
+        const Logit* logit = origin + min(i, last) * Offset(pixel_stride);
         float value[PAD], highest = -INFINITE;
 #pragma unroll
         for (int k = 0; k < PAD; ++k) {
             value[k] = 0.0f;
             if (k >= K) continue;
-            value[k] = to_float(origin[first + k * step]);
+            value[k] = to_float(*logit);
+            logit += step;
             highest = fmaxf(highest, value[k]);
         }
         highest = finite(highest);
 #pragma unroll
         for (int k = 0; k < K; ++k)
-            value[k] = (value[k] - highest) * LOG2_E;
+            value[k] -= highest;
 #pragma unroll
         for (int j = 0; j < QUADS; ++j)
             quad(to[i], j) = {value[4 * j], value[4 * j + 1], value[4 * j + 2], value[4 * j + 3]};
@@ -366,24 +367,35 @@ __device__ __forceinline__ void stage(
 // A thread's column of pixels between two staged columns.
 struct Between {
     int left, right;
-    float left_weight, right_weight;
-    __device__ __forceinline__ float score(const float* row, int label) const {  // `row` begins with the column on the left
-        return fmaf(row[label + (right - left) * PAD], right_weight, row[label] * left_weight);
+    float fraction, left_weight, right_weight;
+    // `first` of the staged columns is at 0, and zeros are at `zeros`.
+    __device__ __forceinline__ Between(const Axis& axis, int pixel, int first, int zeros) {
+        const int cell = axis.cell(pixel);
+        left = cell - first;
+        right = axis.has_next(cell) ? left + 1 : zeros;
+        fraction = axis.fraction(pixel, cell);
+        left_weight = (1.0f - fraction) * LOG2_E;
+        right_weight = fraction * LOG2_E;
     }
-    // Of one class between two rows; at fraction 0 the row below, which may be infinite too, has no part in it.
-    __device__ __forceinline__ float score(const float* above, const float* below, int label, float fraction) const {
-        const float top = score(above, label), bottom = score(below, label);
+    // Of one class, in a row that begins with the column on the left.
+    __device__ __forceinline__ float score(const float* row) const {
+        return fmaf(row[(right - left) * PAD], right_weight, row[0] * left_weight);
+    }
+    // Between two rows; at fraction 0 the row below, which may be infinite too, has no part in it.
+    __device__ __forceinline__ float score(const float* above, int to_below, float fraction) const {
+        const float top = score(above), bottom = score(above + to_below);
         return fraction > 0.0f ? fmaf(bottom - top, fraction, top) : top;
     }
-    __device__ __forceinline__ void scores(StagedRow& row, float (&to)[K]) const {
+    // Of all classes in a row, less others.
+    __device__ __forceinline__ void scores(StagedRow& row, const float (&less)[K], float (&to)[K]) const {
 #pragma unroll
         for (int j = 0; j < QUADS; ++j) {
             const float4 a = quad(row[left], j), b = quad(row[right], j);
-            const float each[4] = {fmaf(b.x, right_weight, a.x * left_weight), fmaf(b.y, right_weight, a.y * left_weight),
-                                   fmaf(b.z, right_weight, a.z * left_weight), fmaf(b.w, right_weight, a.w * left_weight)};
+            const float lefts[4] = {a.x, a.y, a.z, a.w}, rights[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
             for (int k = 0; k < 4; ++k)
-                if (4 * j + k < K) to[4 * j + k] = each[k];
+                if (4 * j + k < K)
+                    to[4 * j + k] = fmaf(rights[k], right_weight, fmaf(lefts[k], left_weight, -less[4 * j + k]));
         }
     }
 };
@@ -394,18 +406,16 @@ struct Line {
     __device__ __forceinline__ float at(int k, float fraction) const { return fmaf(slope[k], fraction, top[k]); }
     // CARRY: the row above is the one that was below.
     __device__ __forceinline__ void load(const Between& between, StagedRow& above, StagedRow& below, bool has_bottom, bool carry) {
+        const float nothing[K] = {};
         if (carry) {
 #pragma unroll
             for (int k = 0; k < K; ++k)
                 top[k] += slope[k];
         } else {
-            between.scores(above, top);
+            between.scores(above, nothing, top);
         }
         if (has_bottom) {
-            between.scores(below, slope);
-#pragma unroll
-            for (int k = 0; k < K; ++k)
-                slope[k] -= top[k];
+            between.scores(below, top, slope);
         } else {
 #pragma unroll
             for (int k = 0; k < K; ++k)
@@ -413,6 +423,11 @@ struct Line {
         }
     }
 };
+struct __align__(8) PixelRow {
+    int cell;
+    float fraction;
+};
+
 // Loss map (IGNORED where the label is IGNORE, NaN where it is unknown), and the selection where enough is hard. A block
 // owns `tile_columns` columns and `tile_rows` rows of pixels, so few that COLUMNS columns of logits are beside them.
 extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward(
@@ -426,27 +441,21 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
     const int64 image = blockIdx.x / tiles_x / tiles_y;
 
     __shared__ __align__(16) StagedRow staged[3];
-    __shared__ int cells[PIXEL_ROWS + 1];
-    __shared__ float fractions[PIXEL_ROWS];
+    __shared__ PixelRow pixel_rows[PIXEL_ROWS + 1];
 
     const int first_x = tile_x * int(tile_columns), last_x = min(first_x + int(tile_columns), int(full_w)) - 1;
     const int x = first_x + int(threadIdx.x);
     const bool inside = x <= last_x;
     const int pixel = min(x, last_x);
-    const int left = horizontal.cell(pixel), first_column = horizontal.cell(first_x);
+    const int first_column = horizontal.cell(first_x), last_column = int(w) - 1 - first_column;
     const int columns = horizontal.cell(last_x) + 2 - first_column;
-    const int last_column = int(w) - 1 - first_column;
-    Between between;
-    between.left = left - first_column;
-    between.right = horizontal.has_next(left) ? between.left + 1 : columns;  // zeros
-    between.right_weight = horizontal.fraction(pixel, left);
-    between.left_weight = 1.0f - between.right_weight;
+    const Between between(horizontal, pixel, first_column, columns);
 
     const int begin = tile_y * int(tile_rows);
     const int rows = min(int(tile_rows), int(full_h) - begin);
     for (int i = threadIdx.x; i <= rows; i += blockDim.x) {
-        cells[i] = i < rows ? vertical.cell(begin + i) : -1;
-        if (i < rows) fractions[i] = vertical.fraction(begin + i, cells[i]);
+        const int cell = vertical.cell(begin + i);
+        pixel_rows[i] = i < rows ? PixelRow{cell, vertical.fraction(begin + i, cell)} : PixelRow{-1, 0.0f};
     }
     for (int i = threadIdx.x; i < PAD; i += blockDim.x)
         staged[0][columns][i] = staged[1][columns][i] = staged[2][columns][i] = 0.0f;
@@ -465,17 +474,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
     float* loss_here = losses + first_pixel;
     int above = 0, below = 1, next = 2;
     bool carry = false;
-    int i = 0;
+    const PixelRow* row = pixel_rows;
+    const int width = int(full_w);
     for (int cell = first_cell; cell <= last_cell; ++cell) {
         if (cell < last_cell)
             stage(staged[next], origin + min(cell + 2, last_row) * row_stride, class_stride, pixel_stride, columns, last_column);
         const bool has_bottom = vertical.has_next(cell);
         line.load(between, staged[above], staged[below], has_bottom, carry);
         carry = has_bottom;
-        const float *top_left = staged[above][between.left], *bottom_left = staged[has_bottom ? below : above][between.left];
-        for (; cells[i] == cell; ++i, label_here += full_w, loss_here += full_w) {
+        const float* const top = staged[above][between.left];
+        const int to_below = has_bottom ? (below - above) * COLUMNS * PAD : 0;
+        for (; row->cell == cell; ++row, label_here += width, loss_here += width) {
             const Label label = *label_here;
-            const float fraction = fractions[i];
+            const float fraction = row->fraction;
             float even = 0.0f, odd = 0.0f;  // two sums, since an addition waits for the one before
 #pragma unroll
             for (int k = 0; k < K; ++k)
@@ -498,7 +509,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
             if (label != IGNORE) {
                 value = NOT_A_NUMBER;
                 if (known) {
-                    const float own = between.score(top_left, bottom_left, int(label), fraction);
+                    const float own = between.score(top + int(label), to_below, fraction);
                     value = LN_2 * ((highest - own) + fast_log2(exponentials));
                     if (value <= 0.0f) value = 0.0f;  // rounding; a NaN passes
                 }
@@ -535,19 +546,17 @@ __device__ __forceinline__ void gather(
 #pragma unroll
     for (int i = 0; i < 4 * N; ++i)
         sum[i] = 0.0f;
-    if (some) {
-        const int middle = starts[q + 1] + q, last = starts[q + 2] + q;
+    const int middle = starts[q + 1] + q, last = some ? starts[q + 2] + q : -1;
 #pragma unroll 1
-        for (int p = starts[q] + q; p <= last; ++p) {  // the place in the middle is nobody's and holds zeros
-            const float fraction = fractions[p], weight = p < middle ? fraction : 1.0f - fraction;
+    for (int p = starts[q] + q; p <= last; ++p) {  // the place in the middle is nobody's and holds zeros
+        const float fraction = fractions[p], weight = p < middle ? fraction : 1.0f - fraction;
 #pragma unroll
-            for (int i = 0; i < N; ++i) {
-                const float4 one = ((const float4*)gathered[p])[j + i];
-                sum[4 * i] = fmaf(weight, one.x, sum[4 * i]);
-                sum[4 * i + 1] = fmaf(weight, one.y, sum[4 * i + 1]);
-                sum[4 * i + 2] = fmaf(weight, one.z, sum[4 * i + 2]);
-                sum[4 * i + 3] = fmaf(weight, one.w, sum[4 * i + 3]);
-            }
+        for (int i = 0; i < N; ++i) {
+            const float4 one = ((const float4*)gathered[p])[j + i];
+            sum[4 * i] = fmaf(weight, one.x, sum[4 * i]);
+            sum[4 * i + 1] = fmaf(weight, one.y, sum[4 * i + 1]);
+            sum[4 * i + 2] = fmaf(weight, one.z, sum[4 * i + 2]);
+            sum[4 * i + 3] = fmaf(weight, one.w, sum[4 * i + 3]);
         }
     }
     if (part) {
@@ -560,14 +569,14 @@ __device__ __forceinline__ void gather(
         if (part & 2) return;
     }
     Logit* out = row_out + (q * pixel_stride + 4 * j * class_stride);
+    const Offset step = Offset(class_stride);
 #pragma unroll
     for (int i = 0; i < 4 * N; ++i)
         if (4 * j + i < K) {
             store(out, sum[i] * scale);
-            out += class_stride;
+            out += step;
         }
 }
-
 
 // Gradient of the logits, each element written once by the block that owns it: `tile_rows` x `tile_columns` logits of
 // one image. The block walks the pixels next to its logits; those on its border are seen by two blocks. A thread gathers
@@ -598,6 +607,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
 
     const float cut = selection->cut, share = selection->share;
     const float scale = selection->scale * *upstream;
+    const int width = int(full_w);
     const bool spread = columns * QUADS <= 2 * 32;  // else one thread for all classes needs fewer instructions
 
     for (int i = threadIdx.x; i <= last_y + 2 - first_y; i += blockDim.x)
@@ -609,21 +619,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
         const int x = base + threadIdx.x;
         const bool inside = x < end;
         const int pixel = min(x, int(full_w) - 1);
-        const int left = horizontal.cell(pixel);
-        Between between;
-        between.left = left - first_column;
-        between.right = horizontal.has_next(left) ? between.left + 1 : near_columns;  // zeros
-        between.right_weight = horizontal.fraction(pixel, left);
-        between.left_weight = 1.0f - between.right_weight;
+        const Between between(horizontal, pixel, first_column, near_columns);
 
         __syncthreads();
-        const int place = inside ? threadIdx.x + left - (first_x - 1) : PLACES - 1;
+        const int place = inside ? threadIdx.x + between.left + first_column - (first_x - 1) : PLACES - 1;
         for (int i = threadIdx.x; i < 2 * PLACES * QUADS; i += blockDim.x)
             quad(&gathered[0][0][0], i) = {0.0f, 0.0f, 0.0f, 0.0f};
         for (int i = threadIdx.x; i < PLACES; i += blockDim.x)
             fractions[i] = 0.0f;
         __syncthreads();
-        if (inside) fractions[place] = between.right_weight;
+        if (inside) fractions[place] = between.fraction;
         for (int i = threadIdx.x; i < columns + 2; i += blockDim.x) {
             const int start = horizontal.first(first_x - 1 + i) - base;
             starts[i] = max(0, min(start, min(int(blockDim.x), end - base)));
@@ -635,14 +640,21 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
         // Which cells have something to do, in this column and in the block.
         uint64 mine = 0;
         if (inside) {
-            for (int cell = max(first_y - 1, 0); cell <= last_y; ++cell) {
-                const int y = row_starts[cell - first_y + 1], count = row_starts[cell - first_y + 2] - y;
-                const float* map = losses + ((image * full_h + y) * full_w + pixel);
-                bool some = false;
-#pragma unroll 2
-                for (int i = 0; i < count; ++i, map += full_w)
-                    some |= *map >= cut;
-                if (some) mine |= uint64(1) << (cell - first_y + 1);
+            int bit = first_y > 0 ? 0 : 1;
+            const int last_bit = last_y - first_y + 1, end_y = row_starts[last_bit + 1];
+            const float* map = losses + ((image * full_h + row_starts[bit]) * full_w + pixel);
+            for (int y = row_starts[bit]; y < end_y; y += 32) {
+                unsigned rows = 0;  // a bit for each of 32 rows of pixels, the first one on the left
+                const int count = min(32, end_y - y);
+#pragma unroll 8
+                for (int i = 0; i < count; ++i, map += width)
+                    rows = 2 * rows + unsigned(*map >= cut);
+                rows <<= 32 - count;
+                for (; bit <= last_bit; ++bit) {
+                    const int from = max(row_starts[bit] - y, 0), to = row_starts[bit + 1] - y;
+                    if (to > from && rows << from >> (32 - (min(to, 32) - from))) mine |= uint64(1) << bit;
+                    if (to >= 32) break;
+                }
             }
         }
         if (unsigned(mine)) atomicOr(&kept[0], unsigned(mine));
@@ -663,7 +675,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
             const bool has_bottom = vertical.has_next(cell);
             StagedRow &above = staged[cell & 1], &below = staged[(cell + 1) & 1];
             float(&for_above)[PAD] = gathered[cell & 1][place];
-            float(&for_below)[PAD] = gathered[(cell + 1) & 1][place];
+            const int to_row_below = (cell & 1 ? -1 : 1) * PLACES * PAD;
 #pragma unroll
             for (int k = 0; k < K; ++k) {
                 row_above[k] = row_below[k];
@@ -681,7 +693,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
             if (here) {
                 line.load(between, above, below, has_bottom, carry);
                 carry = has_bottom;
-                const float *top_left = above[between.left], *bottom_left = (has_bottom ? below : above)[between.left];
+                const float* const top = above[between.left];
+                const int to_below = has_bottom ? (cell & 1 ? -1 : 1) * COLUMNS * PAD : 0;
                 const float last = cell + 1 < int(h) ? 1.0f : 0.0f;
                 float y_here = float(row_starts[bit]);
                 int y = row_starts[bit];
@@ -689,17 +702,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
                 const int64 at = (image * full_h + y) * full_w + pixel;
                 const float* loss_here = losses + at;
                 const Label* label_here = target + at;
-                for (; y < cell_end; ++y, y_here += 1.0f, loss_here += full_w, label_here += full_w) {
+                for (; y < cell_end; ++y, y_here += 1.0f, loss_here += width, label_here += width) {
                     const float value = *loss_here;
                     const int label = int(*label_here);
                     const float weight = value > cut ? 1.0f : value == cut ? share : 0.0f;
                     if (weight == 0.0f) continue;
                     const float fraction = last * (vertical.source(y_here) - float(cell));
-                    const float own = between.score(top_left, bottom_left, label, fraction);
+                    const float own = between.score(top + label, to_below, fraction);
                     const float log_sum = fmaf(value, LOG2_E, own);
                     const float weight_below = weight * fraction, weight_above = weight - weight_below;
-                    for_above[label] -= weight_above;
-                    for_below[label] -= weight_below;
+                    float* const own_gradient = for_above + label;
+                    own_gradient[0] -= weight_above;
+                    own_gradient[to_row_below] -= weight_below;
                     if (log_sum > -60.0f) {
                         const float normalizer = fast_exp2(-log_sum);
                         const float a = weight_above * normalizer, b = weight_below * normalizer;

@@ -183,13 +183,14 @@ def run(function: str, argument: Any, processes: int, job_logging: Mapping[str, 
             ranks.append(context.Process(target=_call, args=arguments))
             pipes.append(receiver)
             ranks[-1].start()
-        codes: list[int | None] = [None]
-        while None in codes and not any(codes):
-            connection.wait([process.sentinel for process in ranks if process.is_alive()])
-            codes = [process.exitcode for process in ranks]
+        working = {process.sentinel: process for process in ranks}
+        while working and not any(process.exitcode for process in ranks):
+            for sentinel in connection.wait(working):
+                working.pop(sentinel).join()
         patient_until = time.monotonic() + _PATIENCE
         for process in ranks:
             process.join(max(0, patient_until - time.monotonic()))
+        codes = [process.exitcode for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -191,15 +191,12 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
         @functools.wraps(task)
         def main() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing
-            try:
-                with answering():
-                    refuse_renamed()
-                    try:
-                        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(job)()
-                    except Refused as refused:
-                        raise refused.args[0] from None
-            finally:
-                os.environ.pop("HYDRA_FULL_ERROR") if full is None else None
+            with answering():
+                refuse_renamed()
+                try:
+                    hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(job)()
+                except Refused as refused:
+                    raise refused.args[0] from None
 
         return main
 
@@ -227,36 +224,36 @@ def explain(error: Exception, config_name: str) -> str:
         cause = cause.__cause__ or cause.__context__
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return f"{type(error).__name__}: {error}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if found := re.search(r"Could not override '([^']+)'|full_key: (\S+)|[Cc]ould not find '(\w+/[^']+)'", str(error)):
-        key = next(filter(None, found.groups()))
-        return f"{lines[0].rstrip('.')}: {nearest(key.lstrip('+~'), config_name)}".rstrip(": ")
+    text = str(error)
+    first = text.strip().splitlines()[0].rstrip(".")
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{first}: {nearest(name, f'options of {group}', error.options)}"
+    if key := re.search(r"Could not override '([^']+)'|full_key: (\S+)", text):
+        return f"{first}: {nearest_key(key[1] or key[2], config_name)}".rstrip(": ")
     where = getattr(error, "override", None)  # of a parser's error
-    return f"{where}: {lines[0]}" if where else lines[0]
+    return f"{where}: {first}" if where else first
 
 
-def nearest(key: str, config_name: str) -> str:
-    """The keys or options that are accepted in place of a misspelt one, and the nearest of them."""
-    if "/" in key:
-        group, _, name = key.rpartition("/")
-        where, accepted = f"options of {group}", sorted(file.stem for file in Path(conf_dir(), group).glob("*.yaml"))
-    else:
-        GlobalHydra.instance().clear()
-        parent, _, name = key.rpartition(".")
-        wanted = [
-            a for a in sys.argv[1:] if re.fullmatch(r"[\w/]+=\w+", a) and Path(conf_dir(), a.partition("=")[0]).is_dir()
-        ]
-        try:
-            with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
-                cfg = hydra.compose(config_name, wanted)
-        except HydraException:  # there is another mistake
-            return ""
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-        if not isinstance(node, DictConfig):
-            return nearest(parent, config_name) if parent else ""
-        where, accepted = f"keys of {parent or 'the configuration'}", [str(entry) for entry in node]
+def nearest(name: str, where: str, accepted: Sequence[str]) -> str:
+    """What is accepted in place of a misspelt name, and the nearest of it."""
     close = difflib.get_close_matches(name, accepted, n=1, cutoff=0.35)
     return (f"did you mean {close[0]}? " if close else "") + f"{where}: {', '.join(accepted)}"
+
+
+def nearest_key(key: str, config_name: str) -> str:
+    """As :func:`nearest`, for a key of the configuration; empty where there is another mistake."""
+    options = [a for a in sys.argv[1:] if Path(conf_dir(), a.partition("=")[0]).is_dir()]
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+            cfg = hydra.compose(config_name, options)
+    except HydraException:
+        return ""
+    parent, _, name = key.rpartition(".")
+    while not isinstance(node := OmegaConf.select(cfg, parent) if parent else cfg, DictConfig):
+        parent, _, name = parent.rpartition(".")
+    return nearest(name, f"keys of {parent or 'the configuration'}", [str(entry) for entry in node])
 
 
 def name_changed_presets(cfg: DictConfig) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FILE = "sweep.yaml"
+_HARMLESS = {*PRACTICAL, "resume", "sweep"}  # what may differ between two commands for one job, unless it is swept
 _SEEDS = ("seed", "init_seed", "data_seed", "repeat")  # a job is always known by them, so that others can be added
 _LISTS = ("without", "protocol", "callbacks", "logger")  # option groups of which several are chosen at once
 
@@ -96,22 +97,21 @@ def job(cfg: DictConfig) -> DictConfig | None:
     if read_results(folder) is not None:
         log.info("%s is finished already", folder.name)
         return None
-    continued = cfg.copy()
-    continued.resume = str(folder)
-    return continued
+    cfg.resume = str(folder)
+    return cfg
 
 
 def require_own_configuration(cfg: DictConfig) -> None:
     """Raise a ValueError if the directory of this command holds a run that was begun with another configuration."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    _require_same(folder, _load(folder / ".hydra" / "config.yaml"), cfg, _ignored(_swept(HydraConfig.get())))
+    _require_same(folder, _load(folder / ".hydra" / "config.yaml"), cfg, _HARMLESS - _swept(HydraConfig.get()))
 
 
 def job_dir(override_dirname: str) -> str:
     """Folder of a job within its sweep, from Hydra's ``key=value,key=[a,b]``; another one for other overrides.
 
-    Brackets, which globs read, are taken from lists of options. Where other characters had to go, or the name was too
-    long, a digest keeps names apart.
+    Lists of options lose their brackets, which globs read. Where other characters had to go, or the name was too long,
+    a digest keeps names apart.
     """
     lists = rf"(?<![^,])({'|'.join(_LISTS)})=\[([\w.,/-]*)\]"
     plain = re.sub(lists, lambda found: f"{found[1]}={found[2].replace(',', '+') or 'nothing'}", override_dirname)
@@ -159,10 +159,8 @@ def _begin(cfg: DictConfig) -> Path:
         overrides = {override.key_or_group: override for override in parser.parse_overrides(given)}  # the last counts
         fixed = [key for key, override in overrides.items() if not override.is_sweep_override() and key not in _SEEDS]
         if cfg.sweep.name is None:
-            chosen: Any = overrides["experiment"].value() if "experiment" in fixed else None
-            cfg.sweep.name = job_dir(
-                "+".join(map(str, chosen)) if isinstance(chosen, list) else str(chosen or cfg.name)
-            )
+            chosen = overrides["experiment"].get_value_element_as_str() if "experiment" in fixed else cfg.name
+            cfg.sweep.name = job_dir(chosen.strip("[]").replace(",", "+"))
         if not re.fullmatch(r"\w[\w.,=+-]*", cfg.sweep.name):
             raise ValueError(f"sweep.name: got {cfg.sweep.name!r}, accepted: letters, digits and . , = + - _")
         node.overrides.hydra += [
@@ -173,8 +171,8 @@ def _begin(cfg: DictConfig) -> Path:
     shared = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     begun = (folder / _FILE).exists() and any(folder.glob("*/provenance.json"))  # else all failed before they trained
     if begun:
-        _require_same(folder, _load(folder / _FILE).config, shared, [*_ignored(()), *_SEEDS])
-    swept = [_said(override) for key, override in overrides.items() if key not in fixed]
+        _require_same(folder, _load(folder / _FILE).config, shared, {*_HARMLESS, *_SEEDS})
+    swept = [_values(override) for key, override in overrides.items() if key not in fixed]
     names = [job_dir(",".join(sorted(lines))) for lines in itertools.product(*swept)]  # as Hydra's override_dirname
     before = [name for name in _jobs(folder / _FILE) if (folder / name).is_dir()] if begun else []  # no mistyped ones
     content = {"jobs": list(dict.fromkeys([*before, *names])), "config": _plain(shared)}
@@ -190,15 +188,14 @@ def _repetitions(override: str) -> str:
     found = re.fullmatch(r"repeat=(\d+)", override)
     if found and not int(found[1]):
         raise ValueError(f"repeat: got {found[1]}, accepted: an integer of at least 1")
-    return f"repeat={','.join(map(str, range(1, int(found[1]) + 1)))}" if found else override
+    return f"repeat=range(1,{int(found[1]) + 1})" if found else override
 
 
-def _said(override: Override) -> list[str]:
+def _values(override: Override) -> list[str]:
     """An override as the jobs get it, one for each of its values."""
-    key = override.get_key_element()
-    if override.is_sweep_override():
-        return [f"{key}={value}" for value in override.sweep_string_iterator()]
-    return [f"{key}={override.get_value_element_as_str()}"]
+    several = override.is_sweep_override()
+    values = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
+    return [f"{override.get_key_element()}={value}" for value in values]
 
 
 def _jobs(file: Path) -> list[str]:
@@ -213,12 +210,7 @@ def _swept(node: Any) -> set[str]:
     return keys - set(node.job.config.override_dirname.exclude_keys)
 
 
-def _ignored(swept: Collection[str]) -> list[str]:
-    """Keys that may differ between two commands for the same job."""
-    return [key for key in (*PRACTICAL, "resume", "sweep") if key not in swept]
-
-
-def _require_same(folder: Path, stored: Any, now: DictConfig, ignored: Sequence[str]) -> None:
+def _require_same(folder: Path, stored: Any, now: DictConfig, ignored: Collection[str]) -> None:
     if found := differences(_plain(stored), _plain(now), ignored):
         raise ValueError(
             f"{folder} was begun with another configuration:\n{found}\n"
@@ -226,7 +218,7 @@ def _require_same(folder: Path, stored: Any, now: DictConfig, ignored: Sequence[
         )
 
 
-def _within(key: str, nodes: Sequence[str]) -> bool:
+def _within(key: str, nodes: Collection[str]) -> bool:
     return any(key == node or key.startswith(f"{node}.") for node in nodes)
 
 
@@ -327,8 +319,7 @@ class _Stored:
 
 def _varied(stored: Sequence[_Stored]) -> list[str]:
     """Keys that some run has overridden and that have different values in the end."""
-    swept = set().union(*(one.swept for one in stored))
-    ignored = [*_SEEDS, *_ignored(swept - {*_SEEDS})]
+    ignored = {*_SEEDS, *_HARMLESS.difference(*(one.swept for one in stored))}
     asked = dict.fromkeys(key for one in stored for key in one.overrides if not _within(key, ignored))
     varied = [key for key in asked if len({one.text(key) for one in stored}) > 1]
     return varied or (["name"] if len({one.value("name") for one in stored}) > 1 else [])

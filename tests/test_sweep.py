@@ -23,36 +23,37 @@ from bisenet import compare, conf_dir, sweep
 CALLBACK = "+callbacks.kill={_target_: kill.Kill}"
 
 
-def fake(
-    folder: Path, *overrides: str, finished: bool = True, split: str = "val", scored: dict[str, Any] | None = None,
-    **scores: float,
-) -> Path:  # fmt: skip
-    """A run directory with what comparisons read: configuration, overrides, scores for each protocol (percent) and what
-    is ``scored`` beside them.
+def fake(folder: Path, *overrides: str, split: str = "val", scored: dict[str, Any] | None = None, mode: str = "RUN",
+         **scores: float) -> Path:  # fmt: skip
+    """A run directory with what comparisons read: configuration, overrides, scores for each protocol (percent; none: it
+    is not finished) and what is ``scored`` beside them.
     """
     cfg = OmegaConf.create(
         {"name": "fake", "seed": 0, "init_seed": "${seed}", "data_seed": "${seed}", "repeat": 1,
          "run_dir": "${hydra:runtime.output_dir}", "model": {"name": "x"}, "loss": {"aux_weight": 1.0},
          "protocol": {name: {} for name in scores}}
     )  # fmt: skip
-    said = dict(override.split("=", 1) for override in overrides)
-    options = {key: value for key, value in said.items() if Path(conf_dir(), key).is_dir()}
-    for key, value in said.items():
-        if key not in options:
+    choices = {"trainer": "default"}
+    for key, value in (override.split("=", 1) for override in overrides):
+        if not Path(conf_dir(), key).is_dir():
             OmegaConf.update(cfg, key, yaml.safe_load(value))
-    choices = {"trainer": "default"} | options
-    choices.pop("without", None)  # Hydra records single choices only
-    hydra = {"runtime": {"choices": choices}, "mode": "RUN", "overrides": {"task": []},
+        elif key != "without":  # Hydra records single choices only
+            choices[key] = value
+    hydra = {"runtime": {"choices": choices}, "mode": mode, "overrides": {"task": list(overrides)},
              "job": {"config": {"override_dirname": {"exclude_keys": []}}}}  # fmt: skip
-    stored = {"config": cfg, "hydra": {"hydra": hydra}, "overrides": list(overrides)}
     (folder / ".hydra").mkdir(parents=True)
-    for name, content in stored.items():
-        OmegaConf.save(OmegaConf.create(content), folder / ".hydra" / f"{name}.yaml")
-    if finished:
+    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+    OmegaConf.save({"hydra": hydra}, folder / ".hydra" / "hydra.yaml")
+    if scores:
         road = {"classes": {"road": {"iou": 0.9}}} | (scored or {})
         protocols = {name: {"miou": score / 100} | road for name, score in scores.items()}
         (folder / "results.json").write_text(json.dumps({"split": split, "protocols": protocols}))
     return folder
+
+
+def compared(folder: Path, by: list[str] | None = None) -> dict[str, Any]:
+    runs, missing = sweep.read_runs([str(folder)], by)
+    return compare.compare(runs, missing=missing)
 
 
 def counts(seed: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +74,7 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for protocol, gain in (("ss", 0), ("mscf", 0.03)):
                 index, per_image = counts(seed, shift + gain)
                 np.savez(run / f"counts_val_{protocol}.npz", image_index=index, per_image=per_image)
-    fake(tmp_path / "model=bisenetv1,seed=4", "model=bisenetv1", "seed=4", finished=False)
+    fake(tmp_path / "model=bisenetv1,seed=4", "model=bisenetv1", "seed=4")
     planned = [f"model={model},seed={seed}" for model in ("bisenetv1", "bisenetv2") for seed in (1, 2, 3, 4)]
     OmegaConf.save(OmegaConf.create({"jobs": planned, "config": {}}), tmp_path / "sweep.yaml")
     return tmp_path
@@ -86,7 +87,7 @@ def test_groups_are_what_was_overridden_differently_but_for_seeds(two_models: Pa
     assert "not finished" in missing["model=bisenetv1,seed=4"]
     assert missing["model=bisenetv2,seed=4"] == "not begun"
 
-    summary = compare.compare(runs, missing=missing)
+    summary = compared(two_models)
     groups = summary["protocols"]["ss"]["groups"]
     assert {name: (g["n"], round(g["mean"], 6)) for name, g in groups.items()} == {
         "bisenetv1": (3, 75.033333), "bisenetv2": (3, 70.033333)}  # fmt: skip
@@ -99,7 +100,7 @@ def test_groups_are_what_was_overridden_differently_but_for_seeds(two_models: Pa
 
 
 def test_protocols_are_compared_within_the_same_runs(two_models: Path) -> None:
-    summary = compare.compare(sweep.read_runs([str(two_models)])[0])
+    summary = compared(two_models)
     gains = {entry["group"]: entry for entry in summary["within_runs"]}
     assert gains["bisenetv1"]["difference"] == pytest.approx(3, abs=0.001)
     assert (gains["bisenetv1"]["first"], gains["bisenetv1"]["second"], gains["bisenetv1"]["n"]) == ("mscf", "ss", 3)
@@ -118,13 +119,9 @@ def test_a_folder_a_glob_and_the_runs_themselves_are_the_same_runs(two_models: P
 
 def test_runs_group_by_any_key(two_models: Path) -> None:
     for key, groups in (("seed", {"1", "2", "3"}), ("loss.aux_weight", {"1.0"}), ("trainer", {"default"})):
-        summary = compare.compare(sweep.read_runs([str(two_models)], by=[key])[0])
-        assert summary["protocols"]["ss"]["groups"].keys() == groups
-    both = compare.compare(sweep.read_runs([str(two_models)], by=["model", "trainer"])[0])
-    assert set(both["protocols"]["ss"]["groups"]) == {
-        "model=bisenetv1, trainer=default",
-        "model=bisenetv2, trainer=default",
-    }
+        assert compared(two_models, [key])["protocols"]["ss"]["groups"].keys() == groups
+    both = compared(two_models, ["model", "trainer"])["protocols"]["ss"]["groups"]
+    assert list(both) == ["model=bisenetv1, trainer=default", "model=bisenetv2, trainer=default"]
     for key in ("protocol.ss", "no.such.key"):
         with pytest.raises(ValueError, match=f"by: got '{key}'"):
             sweep.read_runs([str(two_models)], by=[key])
@@ -163,8 +160,7 @@ def test_any_score_can_be_compared(two_models: Path) -> None:
 
 def test_runs_are_repetitions_only_where_nothing_else_differs(two_models: Path) -> None:
     """The lr was swept as well, and a user groups by the model: two rates with a seed are not that seed, twice."""
-    runs, _ = sweep.read_runs([str(two_models)], by=["name"])
-    summary = compare.compare(runs)
+    summary = compared(two_models, ["name"])
     assert {name: (g["n"], g["variance"]) for name, g in summary["protocols"]["ss"]["groups"].items()} == {
         "fake": (6, None)}  # fmt: skip
     assert summary["notes"] == [
@@ -188,37 +184,29 @@ def test_scores_of_other_images_are_not_compared(
             run = fake(tmp_path / f"{data},{seed}", f"data={data}", f"seed={seed}", ss=70.0 + seed, **found)
             index, per_image = counts(seed, 0)
             np.savez(run / f"counts_{found.get('split', 'val')}_ss.npz", image_index=index, per_image=per_image)
-    summary = compare.compare(sweep.read_runs([str(tmp_path)])[0])
+    summary = compared(tmp_path)
     assert list(summary["protocols"]["ss"]["groups"]) == ["camvid", "cityscapes"]
     assert summary["protocols"]["ss"]["comparisons"] == []
     assert summary["notes"] == [f"camvid and cityscapes are not compared: they were scored {how}"]
     compare.write(summary, tmp_path)
     assert summary["notes"][0] in (tmp_path / "summary.md").read_text()
     with pytest.raises(ValueError, match=f"were scored {how}"):
-        compare.compare(sweep.read_runs([str(tmp_path)], by=["name"])[0])
+        compared(tmp_path, ["name"])
 
 
-def test_a_damaged_result_costs_the_others_nothing(tmp_path: Path) -> None:
-    for seed in (1, 2, 3):
-        fake(tmp_path / f"seed={seed}", f"seed={seed}", ss=70.0 + seed)
-    (tmp_path / "seed=2" / "results.json").write_text('{"split": "val", "proto')
-    (tmp_path / "seed=3" / "results.json").write_text('{"miou": 0.7}')
+def test_a_damaged_run_is_named_and_costs_the_others_nothing(tmp_path: Path) -> None:
+    """Hydra or a training was killed while it wrote, or the disk was full."""
+    damage = {".hydra/config.yaml": ["name: x\nmodel:\n  na", "name: x\nmodel: {na"], ".hydra/hydra.yaml": [""],
+              "results.json": ['{"split": "val", "proto', '{"miou": 0.7}']}  # fmt: skip
+    wrong = [(file, content) for file, contents in damage.items() for content in contents]
+    for seed in range(len(wrong) + 1):
+        fake(tmp_path / f"seed={seed}", f"seed={seed}", ss=70.0)
+    for seed, (file, content) in enumerate(wrong, 1):
+        (tmp_path / f"seed={seed}" / file).write_text(content)
     runs, missing = sweep.read_runs([str(tmp_path)])
-    assert [run.name for run in runs] == ["seed=1"]
-    assert set(missing) == {"seed=2", "seed=3"}
-
-
-def test_a_run_whose_record_is_incomplete_is_named(tmp_path: Path) -> None:
-    """Hydra was killed while it wrote, or the disk was full."""
-    hydra = [fake(tmp_path / f"seed={seed}", f"seed={seed}", ss=70.0) / ".hydra" for seed in range(1, 6)]
-    (hydra[1] / "overrides.yaml").unlink()
-    (hydra[2] / "config.yaml").write_text("name: x\nmodel:\n  na")
-    (hydra[3] / "config.yaml").write_text("name: x\nmodel: {na")
-    (hydra[4] / "hydra.yaml").write_text("")
-    runs, missing = sweep.read_runs([str(tmp_path)])
-    assert [run.name for run in runs] == ["seed=1"]
-    assert set(missing) == {f"seed={seed}" for seed in (2, 3, 4, 5)}
-    assert all(reason.startswith("its .hydra is incomplete or damaged (") for reason in missing.values())
+    assert [run.name for run in runs] == ["seed=0"]
+    for seed, (file, _) in enumerate(wrong, 1):
+        assert f"its {file.split('/')[0]} is" in missing[f"seed={seed}"]
 
 
 def test_what_ends_up_the_same_makes_no_groups(tmp_path: Path) -> None:
@@ -226,8 +214,7 @@ def test_what_ends_up_the_same_makes_no_groups(tmp_path: Path) -> None:
     said = ["logger=wandb", "trainer=default", "loss.aux_weight=1.0", "logger.wandb.mode=online"]
     for seed, override in enumerate(said):
         fake(tmp_path / str(seed), f"seed={seed}", override, ss=70.0 + seed, mscf=72.0)
-    runs, _ = sweep.read_runs([str(tmp_path)])
-    assert list(compare.compare(runs)["protocols"]["ss"]["groups"]) == ["all runs"]
+    assert list(compared(tmp_path)["protocols"]["ss"]["groups"]) == ["all runs"]
     by_protocol, _ = sweep.read_runs([str(tmp_path)], by=["protocol"])
     assert {run.group["protocol"] for run in by_protocol} == {"ss+mscf"}
 
@@ -261,14 +248,9 @@ def test_verdicts_are_honest() -> None:
 def test_repetitions_are_no_seeds(tmp_path: Path) -> None:
     for seed, repeat, score in ((1, 1, 70.0), (1, 2, 70.2), (2, 1, 71.0), (2, 2, 71.2)):
         fake(tmp_path / f"repeat={repeat},seed={seed}", f"seed={seed}", f"repeat={repeat}", ss=score)
-    runs, _ = sweep.read_runs([str(tmp_path)])
-    (group,) = compare.compare(runs)["protocols"]["ss"]["groups"].values()
-    assert (group["n"], len(group["runs"]), group["min"], group["max"]) == (
-        2,
-        4,
-        pytest.approx(70.1),
-        pytest.approx(71.1),
-    )
+    (group,) = compared(tmp_path)["protocols"]["ss"]["groups"].values()
+    assert (group["n"], len(group["runs"])) == (2, 4)
+    assert (group["min"], group["max"]) == (pytest.approx(70.1), pytest.approx(71.1))
     assert group["variance"]["repeat_sd"] == pytest.approx(0.02**0.5)
     assert group["variance"]["seed_sd"] == pytest.approx(0.49**0.5)
 
@@ -276,7 +258,7 @@ def test_repetitions_are_no_seeds(tmp_path: Path) -> None:
 def test_repetitions_of_a_single_seed_are_reported(tmp_path: Path) -> None:
     for repeat in (1, 2, 3):
         fake(tmp_path / f"repeat={repeat}", f"repeat={repeat}", ss=70.0)
-    summary = compare.compare(sweep.read_runs([str(tmp_path)])[0])
+    summary = compared(tmp_path)
     (group,) = summary["protocols"]["ss"]["groups"].values()
     assert group["variance"] == {"seed_sd": None, "repeat_sd": 0, "p": None}
     compare.write(summary, tmp_path)
@@ -287,7 +269,7 @@ def test_repetitions_of_a_single_seed_are_reported(tmp_path: Path) -> None:
 def test_data_and_initialisation_seeds_are_seeds(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         fake(tmp_path / f"data_seed={seed}", f"data_seed={seed}", ss=70.0 + seed)
-    (group,) = compare.compare(sweep.read_runs([str(tmp_path)])[0])["protocols"]["ss"]["groups"].values()
+    (group,) = compared(tmp_path)["protocols"]["ss"]["groups"].values()
     assert group["n"] == 3
 
 
@@ -297,7 +279,7 @@ def test_seeds_that_are_crossed_share_what_they_share(tmp_path: Path) -> None:
             for data in (1, 2):
                 fake(tmp_path / f"{model},{init},{data}", f"model={model}", f"init_seed={init}", f"data_seed={data}",
                      ss=70 + worth + init + 0.1 * data, half=71 + worth + init + 0.2 * data)  # fmt: skip
-    summary = compare.compare(sweep.read_runs([str(tmp_path)])[0])
+    summary = compared(tmp_path)
     found = summary["protocols"]["ss"]
     assert {(g["n"], len(g["runs"])) for g in found["groups"].values()} == {(2, 6)}
     assert found["comparisons"][0]["n"] == [2, 2]
@@ -316,9 +298,9 @@ def test_tricks_are_ranked_against_the_full_recipe(tmp_path: Path) -> None:
     sweep.summarize(tmp_path)
     found = json.loads((tmp_path / "summary.json").read_text())["protocols"]["ss"]
     assert found["groups"]["without flip+ohem"]["n"] == 3
-    ranked = [(entry["first"], round(entry["difference"], 6)) for entry in found["comparisons"]]
-    assert ranked == [("without jitter", 1.0), ("without flip", -1.0), ("without ohem", -2.0),
-                      ("without flip+ohem", -3.0)]  # fmt: skip
+    ranked = {entry["first"]: round(entry["difference"], 6) for entry in found["comparisons"]}
+    assert list(ranked.items()) == [
+        ("without jitter", 1), ("without flip", -1), ("without ohem", -2), ("without flip+ohem", -3)]  # fmt: skip
     assert {entry["second"] for entry in found["comparisons"]} == {"full recipe"}
 
 

@@ -15,14 +15,17 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.types import Sweep
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -91,7 +94,7 @@ def config_subdir(resume: str | None, run_dir: str) -> str | None:
 def run_tags(seed: int) -> list[str]:
     """``${run_tags:${seed}}``: the seed, and in a sweep every value that is swept; within the 64 characters of W&B."""
     swept = ""
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if HydraConfig.initialized() and sweep.is_job():
         swept = HydraConfig.get().job.override_dirname
     tags = [f"seed={seed}", *filter(None, re.split(r",(?=[^][]*(?:\[|$))", swept))]
     return list(dict.fromkeys(tag[:64] for tag in tags))
@@ -185,14 +188,15 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
         @functools.wraps(task)
         def job(cfg: DictConfig) -> None:
             # A failure in a multirun is Hydra's to record; else Hydra would print more than the answer.
-            with nullcontext() if HydraConfig.get().mode == RunMode.MULTIRUN else answering():
+            with nullcontext() if sweep.is_job() else answering():
+                refuse_misplaced(cfg, config_name)
                 task(cfg)
 
         @functools.wraps(task)
         def main() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing
             with answering():
-                refuse_renamed()
+                read_command_line()
                 try:
                     hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(job)()
                 except Refused as refused:
@@ -203,13 +207,43 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
     return decorate
 
 
-def refuse_renamed() -> None:
-    """Raise a ValueError if the command line has a key of an earlier version."""
-    for argument in sys.argv[1:]:
-        key = argument.lstrip("+~").partition("=")[0]
+def read_command_line() -> None:
+    """Put Hydra's options before the overrides, wherever they stand, and refuse what Hydra answers without a name.
+
+    Raises:
+        ValueError: a key of an earlier version, or a group without an option.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows what it can
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    known, late = get_args_parser().parse_known_args()
+    overrides = dict.fromkeys([*known.overrides, *(word for word in late if not word.startswith("-"))])
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word in overrides)
+    for word in overrides:
+        key, _, value = word.lstrip("+~").partition("=")
         for old, new in RENAMED.items():
             if key == old or key.startswith(f"{old}."):
                 raise ValueError(f"{key} has another name now: {new}{key.removeprefix(old)}")
+        if value and Path(conf_dir(), key).is_dir():
+            chosen = OverridesParser.create().parse_override(word).value()
+            chosen = chosen if isinstance(chosen, list) else [chosen]
+            if not all(isinstance(option, str | dict | Sweep) for option in chosen):
+                options = ", ".join(sorted(file.stem for file in Path(conf_dir(), key).glob("*.yaml")))
+                raise ValueError(f"{key}: got {value}, accepted: an option, a list of them, or [] for none: {options}")
+
+
+def refuse_misplaced(cfg: DictConfig, config_name: str) -> None:
+    """Raise a ValueError if something stands where nothing would find it."""
+    node = HydraConfig.get()
+    for group in {"experiment", "debug", "without", "precision", "strategy"} & cfg.keys():
+        package = "trainer" if group in ("precision", "strategy") else "_global_"
+        file = f"{group}/{node.runtime.choices.get(group) or '*'}.yaml"
+        raise ValueError(f"{file} changes nothing, accepted: a file with the line '# @package {package}'")
+    if node.job.chdir:
+        raise ValueError("hydra.job.chdir: got true, accepted: false; paths are relative to where the command starts")
+    kept = str(node.output_subdir).startswith(".hydra") or Path(node.runtime.output_dir, ".hydra/config.yaml").exists()
+    if config_name == "train" and not kept:
+        raise ValueError(f"hydra.output_subdir: got {node.output_subdir}, accepted: .hydra, which resume= reads")
 
 
 def explain(error: Exception, config_name: str) -> str:
@@ -224,15 +258,18 @@ def explain(error: Exception, config_name: str) -> str:
         cause = cause.__cause__ or cause.__context__
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return f"{type(error).__name__}: {error}"
-    text = str(error)
-    first = text.strip().splitlines()[0].rstrip(".")
+    text = str(error).strip()
+    first = text.splitlines()[0].rstrip(".")
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {first}; accepted: key=value, and what is not plain in quotes: \"key='a=b'\""
+    if several := re.match(r"Multiple values for (\S+)\.", text):
+        return f"+{several[1]}: it is chosen already, accepted: {several[1]}=<option>, without the +"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{first}: {nearest(name, f'options of {group}', error.options)}"
     if key := re.search(r"Could not override '([^']+)'|full_key: (\S+)", text):
         return f"{first}: {nearest_key(key[1] or key[2], config_name)}".rstrip(": ")
-    where = getattr(error, "override", None)  # of a parser's error
-    return f"{where}: {first}" if where else first
+    return " ".join(text.split())
 
 
 def nearest(name: str, where: str, accepted: Sequence[str]) -> str:

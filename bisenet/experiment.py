@@ -20,6 +20,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -128,7 +129,7 @@ def build_trainer(cfg: DictConfig, continued: bool, *ours: Callback) -> Trainer:
         cfg.trainer.sync_batchnorm = False
     passed: dict[str, Any] = {"num_sanity_val_steps": 0} if continued else {}
     bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-    loggers = list(build(cfg, "logger").values())
+    loggers = list(build(cfg, "logger").values()) or [DummyLogger()]  # callbacks may ask for one
     return build(
         cfg, "trainer", callbacks=callbacks, logger=loggers, enable_progress_bar=bar, plugins=[cluster()], **passed
     )

@@ -161,6 +161,8 @@ def _begin(cfg: DictConfig) -> Path:
         if cfg.sweep.name is None:
             chosen = overrides["experiment"].get_value_element_as_str() if "experiment" in fixed else cfg.name
             cfg.sweep.name = job_dir(chosen.strip("[]").replace(",", "+"))
+        if not (subdir := _plain(node.sweep)["subdir"]).startswith("${job_dir:"):
+            raise ValueError(f"hydra.sweep.subdir: got {subdir!r}, accepted: none; jobs are known by their folders")
         if not re.fullmatch(r"\w[\w.,=+-]*", cfg.sweep.name):
             raise ValueError(f"sweep.name: got {cfg.sweep.name!r}, accepted: letters, digits and . , = + - _")
         node.overrides.hydra += [

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
@@ -77,7 +77,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and {"split", "protocols"} <= found.keys() else None
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Sequence[str]) -> str:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str]) -> str:
     """What two configurations of one run say differently, a line for each key; empty: nothing.
 
     Args:

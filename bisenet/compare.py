@@ -128,9 +128,11 @@ def compare(
             name, population = _label(run.group), _population(run, protocol)
             group = protocols.setdefault(protocol, {}).setdefault(name, _Group(population))
             if unlike := _unlike(group.population, population):
+                apart = [key for key, value in run.ungrouped.items() if group.runs[0].ungrouped[key] != value]
                 raise ValueError(
                     f"runs: {group.runs[0].name} and {run.name} of the group {name!r} were scored {unlike} under "
-                    f"{protocol}; accepted: runs of one data set and one definition in a group, as with by=data"
+                    f"{protocol}; accepted: runs of one data set and one definition in a group, as with "
+                    f"by=[{','.join([*run.group, *(apart or ['data'])])}]"
                 )
             group.add(run.name, 100 * score, run.seeds, run)
     for name, scores in values.items():

@@ -44,7 +44,7 @@ def test_every_option_composes_and_builds(option: str, tmp_path: Path) -> None:
     module.configure_optimizers()
     if group in ("callbacks", "trainer", "strategy", "precision", "debug", "experiment"):
         cfg.logger = {}
-        experiment.build_trainer(cfg, continued=False)
+        experiment.build_trainer(cfg, last=None)
 
 
 def test_every_experiment_says_what_it_is() -> None:

@@ -199,8 +199,8 @@ def train(config: dict[str, Any] | DictConfig) -> dict[str, Any]:
         ValueError: configuration or data cannot work; raised before the first step.
         FloatingPointError: the loss became infinite or not a number.
     """
-    cfg: Any = OmegaConf.create(config)  # a copy
-    OmegaConf.resolve(cfg)
+    plain: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # resolvers may give lists
+    cfg: Any = OmegaConf.create(plain)
     run_dir = Path(cfg.run_dir)
     if cfg.resume is not None and (results := read_results(run_dir)) is not None:
         log.info("%s is finished already", run_dir)

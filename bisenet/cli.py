@@ -451,7 +451,7 @@ def compare(cfg: DictConfig) -> None:
 
     runs, missing = sweep.read_runs(listed(cfg.runs), listed(cfg.by) or None) if cfg.runs else ([], {})
     options: Any = OmegaConf.to_container(cfg, resolve=True)
-    keys = ("values", "values_protocol", "metric", "baseline", "difference", "resamples")
+    keys = ("values", "values_protocol", "metric", "baseline", "difference")
     summary = comparison.compare(runs, missing=missing, **{key: options[key] for key in keys})
     comparison.show(summary)
     comparison.write(summary, Path(cfg.run_dir))

@@ -4,9 +4,8 @@
 differences percentage points.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bisenet import report, statistics
-from bisenet.statistics import ALPHA, CONFIDENCE, POWER, Interval
+from bisenet.statistics import ALPHA, CONFIDENCE, POWER, Tested
 
 FULL_RECIPE = "full recipe"
 """Name of the group that goes without no trick."""
-_PIPE_WIDTH = 200  # columns of tables that go to a file or another program
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,20 +39,25 @@ class Run:
     ungrouped: dict[str, str] = field(default_factory=dict)
 
 
+_Counts = tuple[bytes, NDArray[np.int64]] | None  # which images were scored, and the counts of each; None: not kept
+
+
 @dataclass
 class _Group:
-    """Runs of one group under one protocol, by seed; published scores have neither runs nor a population."""
+    """Runs of one group under one protocol; published scores have neither runs nor a population."""
 
     population: dict[str, Any]
     scores: dict[str, float] = field(default_factory=dict)
     by_seed: dict[Any, list[float]] = field(default_factory=dict)
-    runs: list[Run] = field(default_factory=list)
+    runs: dict[str, Run] = field(default_factory=dict)
+    counts: dict[str, _Counts] = field(default_factory=dict)
 
     def add(self, name: str, score: float, seeds: tuple[int, int], run: Run | None = None) -> None:
         """Runs that have seeds and all else in common are repetitions of one experiment."""
         self.scores[name] = score
         self.by_seed.setdefault((seeds, *(run.ungrouped.items() if run else ())), []).append(score)
-        self.runs += [run] if run else []
+        if run:
+            self.runs[name] = run
 
     @property
     def values(self) -> list[float]:
@@ -68,16 +71,12 @@ class _Group:
         Where the seeds of initialisation and of data are varied apart and combined, scores that share one of them are
         no independent draws. The number of values of that which has fewer of them is a safe count.
         """
-        counts = [len(self.by_seed)]
-        for source in (0, 1):
-            if len({seeds[source] for seeds, *_ in self.by_seed}) > 1:
-                counts.append(len({(seeds[source], *rest) for seeds, *rest in self.by_seed}))
-        return min(counts)
+        varied = [source for source in (0, 1) if len({seeds[source] for seeds, *_ in self.by_seed}) > 1]
+        shared = [len({(seeds[source], *rest) for seeds, *rest in self.by_seed}) for source in varied]
+        return min(shared, default=len(self.by_seed))
 
 
 _Groups = Mapping[str, _Group]
-_Scored = tuple[Run, str]  # a run under a protocol
-_OverImages = Callable[[Sequence[_Scored], Sequence[_Scored]], dict[str, float] | None]
 
 
 def compare(
@@ -89,9 +88,8 @@ def compare(
     metric: str = "miou",
     baseline: str | None = None,
     difference: float = 0.5,
-    resamples: int = 2000,
 ) -> dict[str, Any]:
-    """Compare groups of runs under every protocol, and the protocols within the groups.
+    """Compare groups of runs under every protocol, and the protocols within the groups; plain data, ready for JSON.
 
     Args:
         runs: finished runs.
@@ -100,24 +98,17 @@ def compare(
         values_protocol: protocol of the published scores.
         metric: key of a protocol's scores in ``results.json``; with dots into what it holds.
         baseline: group that the others are compared with and ranked by, largest difference first; None: all pairs.
-            Never groups that were scored on different splits, images or classes or by different definitions of a
-            protocol.
+            Never groups that were scored on other splits, images or classes or by other definitions of a protocol.
         difference: for which the seeds needed are stated, in (0, 100).
-        resamples: bootstrap samples of the images, at least 100.
-
-    Returns:
-        Plain data, ready for JSON; the same for the same runs.
 
     Raises:
         ValueError: runs that cannot be compared, or an argument that is not accepted.
     """
-    missing, values = dict(missing or {}), _published(values)
+    missing, values = dict(missing or {}), values or {}
     if not (runs or missing or values):
         raise ValueError("runs: got none, accepted: run directories or folders of them, or published values")
     if not 0 < difference < 100:
         raise ValueError(f"difference: got {difference}, accepted: percentage points in (0, 100)")
-    if resamples < 100:
-        raise ValueError(f"resamples: got {resamples}, accepted: an integer of at least 100")
     protocols: dict[str, dict[str, _Group]] = {}
     for run in runs:
         for protocol, scores in run.results["protocols"].items():
@@ -129,86 +120,66 @@ def compare(
             group = protocols.setdefault(protocol, {}).setdefault(name, _Group(population))
             if unlike := _unlike(group.population, population):
                 raise ValueError(
-                    f"runs: {group.runs[0].name} and {run.name} of the group {name!r} were scored {unlike} under "
+                    f"runs: {next(iter(group.runs))} and {run.name} of the group {name!r} were scored {unlike} under "
                     f"{protocol}; accepted: runs of one data set and one definition in a group, as with by=data"
                 )
             group.add(run.name, 100 * score, run.seeds, run)
+            group.counts[run.name] = _read_counts(run, protocol) if metric == "miou" else None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"values: got {values}, accepted: name -> list of scores in percent")
     for name, scores in values.items():
         groups = protocols.setdefault(values_protocol, {})
         if name in groups:
             raise ValueError(f"values: got {name!r}, accepted: a name that no group of runs has")
+        if not isinstance(scores, list) or not scores or not all(s == 0 or 1 <= s <= 100 for s in scores):
+            raise ValueError(f"values.{name}: got {scores}, accepted: a list of scores in percent, none in (0, 1)")
         groups[name] = _Group({})
         for seed, score in enumerate(scores, 1):
             groups[name].add(str(seed), float(score), (seed, seed))
 
-    known = list(dict.fromkeys(name for groups in protocols.values() for name in groups))
+    known = dict.fromkeys(name for groups in protocols.values() for name in groups)
     if baseline is not None and baseline not in known:
         raise ValueError(f"baseline: got {baseline!r}, accepted: {', '.join(known)}")
-    read = cache(_read_counts)
-
-    def over_images(first: Sequence[_Scored], second: Sequence[_Scored]) -> dict[str, float] | None:
-        sides = [[read(*scored) for scored in side] for side in (first, second)] if metric == "miou" else [[], []]
-        return _bootstrap(sides[0], sides[1], resamples)
-
     splits = {run.results["split"] for run in runs}
-    return {
-        "metric": metric,
-        "split": splits.pop() if len(splits) == 1 else None,
-        "confidence": CONFIDENCE,
-        "difference": difference,
-        "missing": missing,
-        "notes": list(dict.fromkeys(note for groups in protocols.values() for note in _cautions(groups))),
-        "protocols": {
-            protocol: {
-                "groups": {name: _describe(group) for name, group in groups.items()},
-                "comparisons": _comparisons(protocol, groups, baseline, difference, over_images),
-            }
-            for protocol, groups in protocols.items()
-        },
-        "within_runs": _correct(list(_gains(protocols, over_images)) if protocols else []),
+    notes = dict.fromkeys(note for groups in protocols.values() for note in _cautions(groups))
+    found = {
+        protocol: {
+            "groups": {name: _describe(group) for name, group in groups.items()},
+            "comparisons": _comparisons(groups, baseline, difference),
+        }
+        for protocol, groups in protocols.items()
     }
-
-
-def _published(values: Any) -> dict[str, Sequence[float]]:
-    if not isinstance(values or {}, Mapping):
-        raise ValueError(f"values: got {values}, accepted: name -> list of scores in percent")
-    for name, scores in (values or {}).items():
-        numbers = scores if isinstance(scores, list | tuple) else []
-        if not numbers or not all(isinstance(s, int | float) and (s == 0 or 1 <= s <= 100) for s in numbers):
-            raise ValueError(f"values.{name}: got {scores}, accepted: a list of scores in percent, none in (0, 1)")
-    return dict(values or {})
+    return {"metric": metric, "split": splits.pop() if len(splits) == 1 else None, "confidence": CONFIDENCE,
+            "difference": difference, "missing": missing, "notes": list(notes), "protocols": found,
+            "within_runs": _correct(list(_gains(protocols)))}  # fmt: skip
 
 
 def _select(scores: Any, metric: str, where: str) -> float | None:
     for key in metric.split("."):
-        if key == "definition" or not isinstance(scores, dict) or key not in scores:
+        if key in ("definition", "seconds") or not isinstance(scores, dict) or key not in scores:
             raise ValueError(f"metric: got {metric!r}, accepted: the key of a score, which {where} has not")
         scores = scores[key]
-    if metric.endswith("seconds") or not (scores is None or (isinstance(scores, float) and 0 <= scores <= 1)):
+    if not (scores is None or (isinstance(scores, float) and 0 <= scores <= 1)):
         raise ValueError(f"metric: got {metric!r}, accepted: the key of a single score in [0, 1]")
     return scores
 
 
 def _label(group: Mapping[str, str]) -> str:
     """Name of a group; the option group ``without`` speaks for itself."""
-    words = dict(group)
+    words = {key: value if len(group) == 1 else f"{key}={value}" for key, value in group.items()}
     if "without" in group:
         off = sorted({*group["without"].split("+")} - {"nothing"})
         words["without"] = f"without {'+'.join(off)}" if off else FULL_RECIPE
-    if len(words) == 1:
-        return next(iter(words.values()))
-    return ", ".join(word if key == "without" else f"{key}={word}" for key, word in words.items()) or "all runs"
+    return ", ".join(words.values()) or "all runs"
 
 
 def _population(run: Run, protocol: str) -> dict[str, Any]:
     """What was scored, and how; by what a difference is called."""
     scores = run.results["protocols"][protocol]
-    pixels = {name: entry.get("pixels") for name, entry in scores["classes"].items()}
-    return {
-        "on other splits": run.results["split"],
-        "by other definitions": scores.get("definition"),
-        "on other images or classes": (scores.get("n_images"), pixels),
-    }
+    images = scores.get("n_images"), {name: entry.get("pixels") for name, entry in scores["classes"].items()}
+    definition = scores.get("definition")
+    return {"on other splits": run.results["split"], "by other definitions": definition,
+            "on other images or classes": images}  # fmt: skip
 
 
 def _unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
@@ -219,15 +190,13 @@ def _unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 def _cautions(groups: _Groups) -> Iterator[str]:
     """What a reader of the table must know about its groups."""
     for name, group in groups.items():
-        for key in group.runs[0].ungrouped if group.runs else ():
-            values = sorted({run.ungrouped[key] for run in group.runs})
-            if len(values) > 1:
+        ungrouped = [run.ungrouped for run in group.runs.values()]
+        for key in dict.fromkeys(key for keys in ungrouped for key in keys):
+            if len(values := sorted({keys[key] for keys in ungrouped})) > 1:
                 yield f"{name}: its runs also differ in {key} ({', '.join(values)}): their spread is not of seeds alone"
-        if group.n < len(group.by_seed):
-            yield (
-                f"{name}: its {len(group.by_seed)} pairs of init_seed and data_seed share seeds and count as "
-                f"{group.n} (n), which errs on the safe side"
-            )
+        if group.n < (pairs := len(group.by_seed)):
+            share = f"its {pairs} pairs of init_seed and data_seed share seeds and count as {group.n} (n)"
+            yield f"{name}: {share}, which errs on the safe side"
     for first, second in combinations(groups, 2):
         if unlike := _unlike(groups[first].population, groups[second].population):
             yield f"{first} and {second} are not compared: they were scored {unlike}"
@@ -242,9 +211,7 @@ def _describe(group: _Group) -> dict[str, Any]:
 # ---------------------------------------------------------------- differences
 
 
-def _comparisons(
-    protocol: str, groups: _Groups, baseline: str | None, needed_for: float, over_images: _OverImages
-) -> list[dict[str, Any]]:
+def _comparisons(groups: _Groups, baseline: str | None, needed_for: float) -> list[dict[str, Any]]:
     pairs = list(combinations(groups, 2))
     if baseline is not None:
         pairs = [(name, baseline) for name in groups if name != baseline and baseline in groups]
@@ -255,43 +222,35 @@ def _comparisons(
             continue
         entry = {"first": first, "second": second, "n": [a.n, b.n], "effect_size": None, "seeds_needed": None}
         test = statistics.welch(a.values, b.values, (a.n, b.n)) if min(a.n, b.n) > 1 else None
-        entry |= _tested(float(np.mean(a.values) - np.mean(b.values)), (test.difference, test.p) if test else None)
+        entry |= _tested(float(np.mean(a.values) - np.mean(b.values)), test)
         if test:
             sds = float(np.std(a.values, ddof=1)), float(np.std(b.values, ddof=1))
             entry |= {"effect_size": test.effect_size, "seeds_needed": statistics.seeds_needed(needed_for, sds)}
-        images = over_images([(run, protocol) for run in a.runs], [(run, protocol) for run in b.runs])
-        found.append(entry | {"images": images})
+        found.append(entry | {"images": _over_images(list(a.counts.values()), list(b.counts.values()))})
     tests = sum(entry["p"] is not None for entry in found)
     for entry in _correct(found):
         entry["verdict"] = _verdict(entry, needed_for, tests)
     return found if baseline is None else sorted(found, key=lambda entry: -entry["difference"])
 
 
-def _gains(protocols: Mapping[str, _Groups], over_images: _OverImages) -> Iterator[dict[str, Any]]:
+def _gains(protocols: Mapping[str, _Groups]) -> Iterator[dict[str, Any]]:
     """What evaluation alone changes: every protocol against the first one, run by run."""
-    first, *others = protocols
-    for protocol in others:
-        for name, group in protocols[protocol].items():
-            before = protocols[first][name].scores if name in protocols[first] else {}
-            gain = _Group({})
-            for run in group.runs:
-                if run.name in before:
-                    gain.add(run.name, group.scores[run.name] - before[run.name], run.seeds, run)
-            if gain.runs:
-                test = statistics.paired(gain.values, gain.n) if gain.n > 1 else None
-                yield (
-                    {"group": name, "first": protocol, "second": first, "n": gain.n}
-                    | _tested(float(np.mean(gain.values)), test)
-                    | {
-                        "images": over_images(
-                            [(run, protocol) for run in gain.runs], [(run, first) for run in gain.runs]
-                        )
-                    }
-                )
+    first = next(iter(protocols), "")
+    for protocol, name in [(p, name) for p, groups in protocols.items() if p != first for name in groups]:
+        group, before = protocols[protocol][name], protocols[first].get(name, _Group({}))
+        gain = _Group({})
+        for run in group.runs.values():
+            if run.name in before.runs:
+                gain.add(run.name, group.scores[run.name] - before.scores[run.name], run.seeds, run)
+        if gain.runs:
+            test = statistics.paired(gain.values, gain.n) if gain.n > 1 else None
+            images = _over_images(*([side.counts[run] for run in gain.runs] for side in (group, before)))
+            entry = {"group": name, "first": protocol, "second": first, "n": gain.n, "images": images}
+            yield entry | _tested(float(np.mean(gain.values)), test)
 
 
-def _tested(difference: float, test: tuple[Interval, float] | None) -> dict[str, Any]:
-    low, high, p = (test[0].low, test[0].high, test[1]) if test else (None, None, None)
+def _tested(difference: float, test: Tested | None) -> dict[str, Any]:
+    low, high, p = (test.low, test.high, test.p) if test else (None, None, None)
     return {"difference": difference, "low": low, "high": high, "p": p, "p_holm": None}
 
 
@@ -303,8 +262,7 @@ def _correct(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return entries
 
 
-def _read_counts(run: Run, protocol: str) -> tuple[bytes, NDArray[np.int64]] | None:
-    """Which images were scored, and the counts of each; None where they were not kept."""
+def _read_counts(run: Run, protocol: str) -> _Counts:
     file = run.folder / f"counts_{run.results['split']}_{protocol}.npz"
     if not file.exists():
         return None
@@ -312,33 +270,33 @@ def _read_counts(run: Run, protocol: str) -> tuple[bytes, NDArray[np.int64]] | N
         return stored["image_index"].tobytes(), stored["per_image"]
 
 
-def _bootstrap(first: Sequence[Any], second: Sequence[Any], resamples: int) -> dict[str, float] | None:
-    """Of what :func:`_read_counts` gives, in percentage points; None where counts are missing or the images differ."""
-    if not (first and second and all(first) and all(second)):
+def _over_images(first: Sequence[_Counts], second: Sequence[_Counts]) -> dict[str, float] | None:
+    """Bootstrap over the images, in percentage points; None where counts are missing or the images differ."""
+    a, b = ([counts for counts in side if counts] for side in (first, second))
+    images = {(index, counts.shape) for index, counts in a + b}
+    if not (a and b and len(a + b) == len(first) + len(second)) or len(images) > 1 or len(a[0][1]) < 2:
         return None
-    if len({(index, counts.shape) for index, counts in (*first, *second)}) > 1 or len(first[0][1]) < 2:
-        return None
-    found = statistics.bootstrap_images([c for _, c in first], [c for _, c in second], resamples)
+    found = statistics.bootstrap_images([counts for _, counts in a], [counts for _, counts in b])
     return {"difference": 100 * found.estimate, "low": 100 * found.low, "high": 100 * found.high}
 
 
 def _verdict(entry: Mapping[str, Any], needed_for: float, tests: int) -> str:
     """In plain words."""
     first, second, low, high, p = (entry[key] for key in ("first", "second", "low", "high", "p_holm"))
+    corrected = f"corrected for {tests} comparisons"
     if low is None:
         why = "with one run of either" if min(entry["n"]) < 2 else "without a spread in a group"
         words = f"{first} and {second}: nothing can be said about seeds {why}"
     elif p < ALPHA:
         better, worse = (first, second) if entry["difference"] > 0 else (second, first)
-        corrected = f", corrected for {tests} comparisons" if tests > 1 else ""
         words = (
             f"{better} is better than {worse} by {abs(entry['difference']):.2f}: 95% interval of {first} - {second} "
-            f"{low:+.2f} to {high:+.2f}, p = {p:.2g}{corrected}"
+            f"{low:+.2f} to {high:+.2f}, p = {p:.2g}{f', {corrected}' if tests > 1 else ''}"
         )
     else:
-        corrected = f" when corrected for {tests} comparisons (p = {p:.2g})" if low > 0 or high < 0 else ""
+        when = f" when {corrected} (p = {p:.2g})" if low > 0 or high < 0 else ""
         words = (
-            f"{first} and {second}: no evidence of a difference{corrected}: 95% interval {low:+.2f} to {high:+.2f}; "
+            f"{first} and {second}: no evidence of a difference{when}: 95% interval {low:+.2f} to {high:+.2f}; "
             f"{entry['seeds_needed'] or 'over 10000'} seeds per group would resolve {needed_for:g}"
         )
     if images := entry["images"]:
@@ -364,29 +322,28 @@ def show(summary: Mapping[str, Any]) -> None:
     """Print the tables."""
     console = Console()
     if not console.is_terminal:
-        console.width = _PIPE_WIDTH
-    for section in sections(summary):
-        if section.rows:
-            table = Table(title=section.title, title_justify="left")
-            for number, column in enumerate(section.columns):
+        console.width = 200  # of a file, or for another program
+    for title, columns, rows, notes in sections(summary):
+        if rows:
+            table = Table(title=title, title_justify="left")
+            for number, column in enumerate(columns):
                 table.add_column(column, justify="right" if number else "left", overflow="fold")
-            for row in section.rows:
+            for row in rows:
                 table.add_row(*row)
             console.print(table)
-        for note in section.notes:
+        for note in notes:
             console.print(f"* {note}", markup=False, highlight=False)
 
 
 def write(summary: Mapping[str, Any], folder: Path) -> None:
     """Write ``summary.json``, ``summary.md`` and ``summary.png``; they are made of the runs and may be made again."""
     lines: list[str] = []
-    for section in sections(summary):
-        ruler = ["---"] + ["---:"] * (len(section.columns) - 1)
-        table = [section.columns, ruler, *section.rows] if section.rows else []
-        lines += [f"## {section.title}", "", *(f"| {' | '.join(row)} |" for row in table), *[""] * bool(table)]
-        lines += [*(f"* {note}" for note in section.notes), *[""] * bool(section.notes)]
-    report.write_text(folder / "summary.md", "\n".join(lines), replace=True)
-    report.write_json(folder / "summary.json", summary, replace=True)
+    for title, columns, rows, notes in sections(summary):
+        table = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows] if rows else []
+        lines += [f"## {title}", "", *(f"| {' | '.join(row)} |" for row in table), *[""] * bool(table)]
+        lines += [*(f"* {note}" for note in notes), *[""] * bool(notes)]
+    report.write_text(folder / "summary.md", "\n".join(lines))
+    report.write_json(folder / "summary.json", summary)
     if groups := {name: content["groups"] for name, content in summary["protocols"].items()}:
         report.plot_groups(groups, f"{summary['metric']}, %", folder / "summary.png")
 
@@ -394,44 +351,32 @@ def write(summary: Mapping[str, Any], folder: Path) -> None:
 def sections(summary: Mapping[str, Any]) -> Iterator[Section]:
     """What :func:`compare` found, as tables of text."""
     protocols = summary["protocols"]
-    runs = dict.fromkeys(
-        (g, run) for p in protocols.values() for g, found in p["groups"].items() for run in found["runs"]
-    )
-    rows = [
-        [run, group, *(_text(p["groups"].get(group, {"runs": {}})["runs"].get(run)) for p in protocols.values())]
-        for group, run in runs
-    ]
+    rows: dict[tuple[str, str], dict[str, float]] = {}  # group and run -> protocol -> score
+    for protocol, content in protocols.items():
+        for group, found in content["groups"].items():
+            for run, score in found["runs"].items():
+                rows.setdefault((run, group), {})[protocol] = score
     notes = [f"missing: {name}: {reason}" for name, reason in summary["missing"].items()] + summary["notes"]
     where = f"Runs: {summary['metric']} in %" + (f" on {summary['split']}" if summary["split"] else "")
-    yield Section(where, ["run", "group", *protocols], rows, notes)
+    cells = [[*names, *(_text(scores.get(protocol)) for protocol in protocols)] for names, scores in rows.items()]
+    yield Section(where, ["run", "group", *protocols], cells, notes)
     for protocol, content in protocols.items():
+        groups, found = content["groups"], content["comparisons"]
         columns = ["group", "n", "mean", "sd", "95% interval", "min", "max", f"resolvable at {POWER:.0%} power"]
-        rows = [
-            [
-                name,
-                str(g["n"]),
-                _text(g["mean"]),
-                _text(g["sd"]),
-                _range(g),
-                *map(_text, (g["min"], g["max"], g["resolvable"])),
-            ]
-            for name, g in content["groups"].items()
-        ]
-        notes = [_variance(name, group) for name, group in content["groups"].items() if group["variance"]]
-        yield Section(f"Groups, {protocol}", columns, rows, notes)
-        if found := content["comparisons"]:
+        cells = [[name, str(g["n"]), _text(g["mean"]), _text(g["sd"]), _range(g), *map(_text, (g["min"], g["max"])),
+                  _text(g["resolvable"])] for name, g in groups.items()]  # fmt: skip
+        notes = [_variance(name, group) for name, group in groups.items() if group["variance"]]
+        yield Section(f"Groups, {protocol}", columns, cells, notes)
+        if found:
             columns = ["groups", *_TESTED, "effect size", f"seeds for {summary['difference']:g}"]
             # Without an interval there are no seeds to speak of; with one, None means more than anyone has.
             needed = ["-" if e["low"] is None else str(e["seeds_needed"] or "> 10000") for e in found]
-            rows = [
-                [*_tested_row(e), _text(e["effect_size"], "+.2f"), seeds]
-                for e, seeds in zip(found, needed, strict=True)
-            ]
-            yield Section(f"Differences, {protocol}", columns, rows, [entry["verdict"] for entry in found])
+            cells = [[*_tested_row(e), _text(e["effect_size"], "+.2f"), n] for e, n in zip(found, needed, strict=True)]
+            yield Section(f"Differences, {protocol}", columns, cells, [entry["verdict"] for entry in found])
     if within := sorted(summary["within_runs"], key=lambda entry: -entry["difference"]):
-        rows = [[*_tested_row(entry), entry["group"], str(entry["n"])] for entry in within]
+        cells = [[*_tested_row(entry), entry["group"], str(entry["n"])] for entry in within]
         title = "Evaluation alone: protocols within the same runs"
-        yield Section(title, ["protocols", *_TESTED, "group", "runs"], rows, [])
+        yield Section(title, ["protocols", *_TESTED, "group", "runs"], cells, [])
 
 
 def _variance(name: str, group: Mapping[str, Any]) -> str:

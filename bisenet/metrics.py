@@ -15,6 +15,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from bisenet.classes import ClassTable
+
 
 class SegmentationScores(NamedTuple):
     """Scores in [0, 1], NaN where undefined; C classes, n images. A tuple, since torchmetrics walks into results."""
@@ -52,19 +54,14 @@ class SegmentationScores(NamedTuple):
     def category_iou(self, categories: Sequence[str | None]) -> dict[str, float]:
         """IoU of groups of classes, in which confusing one member with another is no mistake (Cityscapes).
 
-        Args:
-            categories: of each class; None: in no category.
-
-        Returns:
-            Category -> IoU, NaN where none of its classes occurs.
+        ``categories`` are those of each class, None where it has none. NaN where no class of a category occurs.
         """
         found: dict[str, float] = {}
-        for category in dict.fromkeys(categories):
-            if category is not None:
-                inside = np.array([other == category for other in categories])
-                true, predicted = self.confusion[inside], self.confusion[:, inside]
-                tp = true[:, inside].sum()
-                found[category] = float(_ratio(tp, true.sum() + predicted.sum() - tp))
+        for category in dict.fromkeys(filter(None, categories)):
+            inside = np.array([other == category for other in categories])
+            true, predicted = self.confusion[inside], self.confusion[:, inside]
+            tp = true[:, inside].sum()
+            found[category] = float(_ratio(tp, true.sum() + predicted.sum() - tp))
         return found
 
     @property
@@ -77,8 +74,6 @@ class SegmentationScores(NamedTuple):
 
         With ``categories`` (of each class) that say something, also "category_miou" and, under "categories", each one.
         """
-        if len(names) != len(self.iou):
-            raise ValueError(f"names: got {len(names)}, accepted: one for each of the {len(self.iou)} classes")
         keys = ("miou", "fw_iou", "pixel_accuracy", "mean_accuracy", "mean_f1")
         means = {key: _plain(getattr(self, key)) for key in keys}
         columns = {key: getattr(self, key).tolist() for key in ("iou", "precision", "recall", "f1")}
@@ -99,10 +94,7 @@ class SegmentationMetric(Metric):
     so that all ranks see equally many would count some images twice, which shows in the indices: :meth:`compute`
     then refuses, rather than report a number that depends on the number of ranks.
 
-    Args:
-        num_classes: C; labels and predictions are in [0, C).
-        ignore_index: label of the pixels that do not count.
-        **kwargs: passed to ``torchmetrics.Metric``.
+    Labels and predictions are classes in [0, C), labels also ``ClassTable.ignore_index`` for pixels that do not count.
     """
 
     full_state_update = False
@@ -110,14 +102,9 @@ class SegmentationMetric(Metric):
     confusion: Tensor
     images: list[Tensor]
 
-    def __init__(self, num_classes: int, ignore_index: int = 255, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if 0 <= ignore_index < num_classes:
-            raise ValueError(
-                f"ignore_index: got {ignore_index}, accepted: a value outside the classes 0 to {num_classes - 1}"
-            )
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
         self.num_classes = num_classes
-        self.ignore_index = ignore_index
         self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("images", [], dist_reduce_fx="cat")  # (B, 1 + 3 C): index, true positives, predicted, true
         self.reset()
@@ -129,24 +116,22 @@ class SegmentationMetric(Metric):
         self.images = [self.confusion.new_empty(0, 1 + 3 * self.num_classes)]
 
     def update(self, prediction: Tensor, target: Tensor, index: Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            prediction: integer (B, H, W), classes.
-            target: uint8 or int64 (B, H, W), classes or ``ignore_index``.
-            index: integer (B,), which image of the data set each one is.
+        """Count a batch: integer (B, H, W) and (B, H, W), and the index (B,) of each image in its data set.
 
         Raises:
-            ValueError: shapes that differ, or values that are neither a class nor (in ``target``) ``ignore_index``.
+            ValueError: shapes that differ, or values that are neither a class nor (in ``target``) ignored.
         """
         if prediction.shape != target.shape or target.ndim != 3 or index.shape != target.shape[:1]:
             shapes = " ".join(str(tuple(t.shape)) for t in (prediction, target, index))
             raise ValueError(f"prediction, target, index: got {shapes}, accepted: (B, H, W) (B, H, W) (B,)")
         n, classes = len(target), self.num_classes
         prediction, target = prediction.long(), target.long()
-        ignored = target == self.ignore_index
-        self._require_classes("prediction", prediction)
-        self._require_classes("target", target.masked_fill(ignored, 0))
+        ignored = target == ClassTable.ignore_index
+        for what, values in (("prediction", prediction), ("target", target.masked_fill(ignored, 0))):
+            if values.amin() < 0 or values.amax() >= classes:
+                unknown = values[(values < 0) | (values >= classes)].unique().tolist()
+                also = f" and ignore_index {ClassTable.ignore_index}" if what == "target" else ""
+                raise ValueError(f"{what} holds {unknown}; accepted are the classes 0 to {classes - 1}{also}")
 
         # One bin per image, truth and prediction, and a last one for all that is ignored.
         image = torch.arange(n, device=target.device).view(-1, 1, 1)
@@ -155,12 +140,6 @@ class SegmentationMetric(Metric):
         rows = [index[:, None].to(counts), counts.diagonal(dim1=1, dim2=2), counts.sum(1), counts.sum(2)]
         self.confusion += counts.sum(0)
         self.images.append(torch.cat(rows, dim=1))
-
-    def _require_classes(self, what: str, values: Tensor) -> None:
-        if values.amin() < 0 or values.amax() >= self.num_classes:
-            unknown = values[(values < 0) | (values >= self.num_classes)].unique().tolist()
-            also = f" and ignore_index {self.ignore_index}" if what == "target" else ""
-            raise ValueError(f"{what} holds {unknown}; accepted are the classes 0 to {self.num_classes - 1}{also}")
 
     def compute(self) -> SegmentationScores:
         """Scores of all images counted so far, on all ranks.

@@ -7,7 +7,6 @@ a palette is RGB by train id, uint8 (256, 3). Tables have a column for each prot
 
 import csv
 import json
-import math
 import os
 import platform
 import subprocess
@@ -15,8 +14,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
-from io import BytesIO
-from itertools import accumulate
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -28,6 +25,7 @@ from cycler import cycler
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console, Group
 from rich.table import Table
@@ -38,17 +36,16 @@ if TYPE_CHECKING:  # comparing runs needs neither of them, nor torch
     from bisenet.classes import ClassTable
     from bisenet.metrics import SegmentationScores
 
-Series = tuple[np.ndarray, np.ndarray]  # steps and values, equally long, only where logged and finite
+_Arrays = Sequence[np.ndarray]
+_Series = tuple[np.ndarray, np.ndarray]  # steps done and values, only where logged and finite
 
-_DPI = 120
 _COLOURS = ("#20639b", "#e07a1f", "#3c9d6b", "#c0392b", "#7d5ba6", "#5f6b76")
 _STYLE: Any = {
-    "axes.titlesize": 11, "axes.labelsize": 9, "axes.grid": True, "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.7", "grid.color": "0.9",
-    "axes.prop_cycle": cycler(color=_COLOURS), "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-    "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "axes.titlesize": 11, "axes.labelsize": 9, "axes.grid": True, "axes.axisbelow": True, "axes.edgecolor": "0.7",
+    "axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.9", "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5, "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "axes.prop_cycle": cycler(color=_COLOURS),
 }  # fmt: skip
-_EDGE = (245, 245, 245)
 _CELL = 440  # width in pixels of an image among predictions
 
 
@@ -58,39 +55,39 @@ _CELL = 440  # width in pixels of an image among predictions
 def plot_curves(metrics_csv: Path, out: Path) -> None:
     """Draw loss, learning rates and validation mIoU over the steps of a run, as far as they were logged.
 
-    ``metrics_csv`` is what Lightning's CSVLogger writes: ``step``, ``train/loss``, ``train/loss/<head>``,
+    ``metrics_csv`` is what ``callbacks.MetricsFile`` writes: ``step``, ``train/loss``, ``train/loss/<head>``,
     ``lr/<group>``, ``val/<protocol>/miou``; blank where nothing was logged.
     """
     series = _read_series(metrics_csv)
     figure, ((loss, rate, score),) = _figure((11, 3.4), 1, 3)
     loss.set_title("training loss")
-    if "train/loss" in series:
-        steps, values = series["train/loss"]
-        loss.plot(steps, values, alpha=0.25, linewidth=0.8, color=_COLOURS[0])
-        loss.plot(steps, _smooth(values), "-o"[len(values) == 1], linewidth=2, label="total", zorder=3)
-        loss.set_ylim(0, 1.1 * max(_smooth(values).max(), 1e-9))  # a spike does not flatten the rest
-    heads = _named(series, "train/loss/")
-    for name, (steps, values) in heads.items() if len(heads) > 1 else ():
-        loss.plot(steps, _smooth(values), "-o"[len(values) == 1], linewidth=1, label=name)
+    for name, (steps, values) in _named(series, "train/loss").items():
+        smooth, total = _smooth(values), not name
+        loss.plot(steps, smooth, linewidth=1 + total, label=name.strip("/") or "total", zorder=2 + total)
+        if total:
+            loss.plot(steps, values, alpha=0.25, linewidth=0.8, color=_COLOURS[0])
+            loss.set_ylim(0, 1.1 * max(smooth.max(), 1e-9))  # a spike does not flatten the rest
 
     rate.set_title("learning rate")
-    rates: dict[bytes, tuple[list[str], Series]] = {}  # groups of the same rate share a curve
-    for name, curve in _named(series, "lr/").items():
-        rates.setdefault(curve[1].tobytes(), ([], curve))[0].append(name)
-    for names, (steps, values) in rates.values():
-        rate.plot(steps, values, "-o"[len(values) == 1], label=",\n".join(names))
+    groups: dict[bytes, list[str]] = {}  # those of the same rate share a curve
+    for name, (_, values) in _named(series, "lr/").items():
+        groups.setdefault(values.tobytes(), []).append(name)
+    for names in groups.values():
+        steps, values = series[f"lr/{names[0]}"]
+        rate.plot(steps, values, label=",\n".join(names))
         if (values > 0).any():
             rate.set_yscale("log", nonpositive="clip")
 
     score.set_title("validation mIoU")
     score.set_ylim(0, 1)
     for name, (steps, values) in _named(series, "val/", "/miou").items():
-        score.plot(steps, values, "o-", markersize=4, label=name)
-        best = steps[np.argmax(values)], values.max()
-        score.annotate(f"{best[1]:.3f}", best, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
+        score.plot(steps, values, label=f"{name}, best {values.max():.3f}")
 
     for axes in (loss, rate, score):
         axes.set_xlabel("step")
+        for line in axes.lines:
+            line.set_marker("o" if len(line.get_xdata()) < 20 else "")  # a line of one point is invisible
+            line.set_markersize(4)
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
             axes.set_xlim(left=0)
@@ -104,20 +101,20 @@ def plot_iou(columns: Mapping[str, Mapping[str, Any]], classes: "ClassTable", ou
 
     Classes without an IoU in any column are listed below.
     """
-    means = [scores["miou"] for scores in columns.values()]
     table = [[scores["classes"][name]["iou"] for name in classes.names] for scores in columns.values()]
     percents = 100 * np.array(table, float)  # None becomes NaN
     known = np.isfinite(percents).any(0)
-    labels = [f"{label}: mIoU {percent(mean)}" for label, mean in zip(columns, means, strict=True)]
+    labels = [f"{label}: mIoU {percent(scores['miou'])}" for label, scores in columns.items()]
     panel = {"IoU, %": dict(zip(labels, percents[:, known], strict=True))}
     figure, (axes,) = _class_figure(panel, classes, np.flatnonzero(known).tolist())
-    for number, mean in enumerate(means):
-        if mean is not None:
-            axes.axvline(100 * mean, color=_colour(number) if number else "0.2", linestyle="--", linewidth=1, zorder=1)
+    for number, scores in enumerate(columns.values()):
+        if scores["miou"] is not None:
+            colour = _colour(number) if number else "0.2"
+            axes.axvline(100 * scores["miou"], color=colour, linestyle="--", linewidth=1, zorder=1)
     if len(columns) == 1:
         for row, value in enumerate(percents[0, known]):
-            text = axes.text(value + 0.8, row, f"{value:.1f}", va="center", fontsize=7.5, color="0.25")
-            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # over the line of the mean
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # over the line of the mean
+            axes.text(value + 0.8, row, f"{value:.1f}", va="center", fontsize=7.5, color="0.25", bbox=box)
     axes.set_xlim(0, 106)
     if absent := [classes.names[index] for index in np.flatnonzero(~known)]:
         note = shorten(f"{len(absent)} absent, left out of the mean: {', '.join(absent)}", 110, placeholder=" ...")
@@ -153,59 +150,51 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], out: Path) -> No
     ``confusion`` counts pixels, int64 (C, C), by true class (row) and predicted class (column).
     """
     count, totals = len(names), confusion.sum(1, keepdims=True)
-    shares = np.ma.masked_array(confusion / np.maximum(totals, 1), np.broadcast_to(totals == 0, confusion.shape))
+    shares = np.where(totals > 0, confusion / np.maximum(totals, 1), np.nan)
     side = min(max(3.2 + 0.36 * count, 4.5), 11.0)
-    figure, ((axes,),) = _figure((side + 0.6, side))
+    figure, ((axes,),) = _figure((side + 0.6, side), 1, 1)
     axes.set(title="share of the true class's pixels, %", xlabel="predicted", ylabel="true", facecolor="0.93")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     # The square root makes the confusions, which are a few percent each, visible beside the diagonal.
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.015, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
-    bar.ax.set_yticklabels(["0", "1", "5", "20", "50", "100"], fontsize=8)
+    percents = PercentFormatter(1, decimals=0, symbol="")
+    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.015, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1], format=percents)
     ticks = range(0, count, -(-count // 70))  # as many names as can be read
     labels, size = [names[tick] for tick in ticks], 9 if count <= 25 else 6.5
     axes.set_xticks(ticks, labels, rotation=90 if count > 4 else 0, fontsize=size)
     axes.set_yticks(ticks, labels, fontsize=size)
-    for row, column in np.argwhere(shares.filled(0) >= 0.005) if count <= 25 else ():
-        share = float(shares[row, column])
+    for row, column in np.argwhere(shares >= 0.005) if count <= 25 else ():
+        share = shares[row, column]
         colour = "white" if share > 0.35 else "0.2"
         text = axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
         text.set_in_layout(False)  # lies inside anyway, and measuring hundreds takes seconds
     _save(figure, out)
 
 
-def plot_predictions(
-    images: Sequence[np.ndarray],
-    truths: Sequence[np.ndarray],
-    predictions: Sequence[np.ndarray],
-    classes: "ClassTable",
-    out: Path,
-) -> None:
+def plot_predictions(images: _Arrays, truths: _Arrays, predictions: _Arrays, classes: "ClassTable", out: Path) -> None:
     """Draw a row for each image: image, truth, prediction; below, the classes that occur. The sizes may differ.
 
     What is no class in the truth is ignored, and shown striped.
     """
-    if not len(images) == len(truths) == len(predictions) > 0:
-        counts = f"{len(images)} images, {len(truths)} truths, {len(predictions)} predictions"
-        raise ValueError(f"images, truths, predictions: got {counts}, accepted: equally many, at least one")
     names, palette = (*classes.names, "ignored"), classes.palette.copy()
-    palette[classes.num_classes :] = 55
-    width, seen = 3 * (_CELL + 6), set()
-    parts: list[np.ndarray] = [np.full((26, width, 3), 255, np.uint8)]
+    palette[classes.num_classes :] = 40
+    width, seen = 3 * (_CELL + 6), set[int]()
+    parts: list[Any] = [np.full((26, width, 3), 255, np.uint8)]
     for image, truth, prediction in zip(images, truths, predictions, strict=True):
-        seen |= {min(index, classes.num_classes) for index in (*np.unique(truth), *np.unique(prediction))}
-        striped = hatch(colorize(truth, palette), truth >= classes.num_classes)
+        seen |= {min(int(index), classes.num_classes) for index in (*np.unique(truth), *np.unique(prediction))}
+        stripes = np.indices(truth.shape).sum(0) // max(len(truth) // 40, 1) % 2 == 0
+        coloured = palette[truth]
+        coloured[(truth >= classes.num_classes) & stripes] = 85
         size = (_CELL, round(_CELL * len(image) / image.shape[1]))
         cells = [cv2.resize(cell, size, interpolation=cv2.INTER_AREA)
-                 for cell in (image, striped, colorize(prediction, palette))]  # fmt: skip
+                 for cell in (image, coloured, palette[prediction])]  # fmt: skip
         parts.append(np.hstack([np.pad(cell, ((0, 6), (3, 3), (0, 0)), constant_values=255) for cell in cells]))
-    drawn = Image.fromarray(np.vstack([*parts, legend(names, palette, sorted(map(int, seen)), width)]))
+    drawn = Image.fromarray(np.vstack([*parts, legend(names, palette, sorted(seen), width)]))
     for number, title in enumerate(("image", "truth", "prediction")):
         ImageDraw.Draw(drawn).text((width * (2 * number + 1) / 6, 13), title, (30, 30, 30), _font(16), anchor="mm")
-    colours = drawn.resize((drawn.width // 3, drawn.height // 3), Image.Resampling.NEAREST).quantize(256, kmeans=2)
     out.parent.mkdir(parents=True, exist_ok=True)  # 256 colours are a third of the size and the same to the eye
-    drawn.quantize(palette=colours, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    drawn.quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
 
 
 def plot_groups(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: str, out: Path) -> None:
@@ -215,10 +204,10 @@ def plot_groups(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: 
     is the label of the scores.
     """
     names = list(dict.fromkeys(name for groups in protocols.values() for name in groups))
-    labels = [name if len(name) <= 44 else f"{name[:43]}…" for name in names]
     columns = min(len(protocols), 4)
     lines = -(-len(protocols) // columns)
-    size = (0.08 * max(map(len, labels)) + 3.4 * columns, lines * (1.2 + 0.38 * len(names)))
+    longest = min(max(map(len, names)), 44)
+    size = (0.08 * longest + 3.4 * columns, lines * (1.2 + 0.38 * len(names)))
     figure, panels = _figure(size, lines, columns, sharey=True)
     for axes in panels.flat[len(protocols) :]:
         axes.set_visible(False)
@@ -230,7 +219,7 @@ def plot_groups(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: 
                 axes.plot([group["low"], group["high"]], [row, row], color=colour, linewidth=7, alpha=0.25)
             axes.plot(list(group["runs"].values()), [row] * len(group["runs"]), "o", color=colour, markersize=4)
             axes.plot(group["mean"], row, "|", color="0.15", markersize=16, markeredgewidth=1.6)
-    panels.flat[0].set_yticks(range(len(names)), labels)
+    panels.flat[0].set_yticks(range(len(names)), [name if len(name) <= 44 else f"{name[:43]}…" for name in names])
     panels.flat[0].set_ylim(len(names) - 0.4, -0.6)
     _save(figure, out)
 
@@ -255,10 +244,10 @@ def _class_figure(
     return figure, grid
 
 
-def _figure(size: tuple[float, float], *grid: int, sharey: bool = False) -> tuple[Figure, Any]:
+def _figure(size: tuple[float, float], rows: int, columns: int, sharey: bool = False) -> tuple[Figure, Any]:
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-        return figure, figure.subplots(*grid, squeeze=False, sharey=sharey)
+        figure = Figure(figsize=size, dpi=120, layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
 
 
 def _colour(number: int) -> str:
@@ -266,49 +255,38 @@ def _colour(number: int) -> str:
 
 
 def _save(figure: Figure, out: Path) -> None:
-    drawn = BytesIO()
     figure.draw_without_rendering()  # rotated labels move what the layout has placed; the second time it fits
-    figure.savefig(drawn, dpi=_DPI)
     out.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(drawn).convert("RGB").save(out, "PNG", optimize=True)
+    figure.savefig(out, format="png", pil_kwargs={"optimize": True})
 
 
-def _read_series(metrics_csv: Path) -> dict[str, Series]:
+def _read_series(metrics_csv: Path) -> dict[str, _Series]:
     """Every column of a metrics file over the steps done, which ``step`` counts from 0."""
-
-    def number(cell: Any) -> float:
-        try:
-            return float(cell)
-        except (TypeError, ValueError):
-            return math.nan
-
     with metrics_csv.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    steps = np.array([number(row.get("step")) + 1 for row in rows])
-    columns = {name: np.array([number(row.get(name)) for row in rows]) for name in (rows[0] if rows else ())}
-    known = {name: np.isfinite(steps) & np.isfinite(values) for name, values in columns.items()}
-    return {name: (steps[known[name]], values[known[name]]) for name, values in columns.items() if known[name].any()}
+    series: dict[str, _Series] = {}
+    for name in rows[0] if rows else ():
+        points = np.array([(float(row["step"]) + 1, float(row[name])) for row in rows if row[name]]).reshape(-1, 2)
+        if len(points := points[np.isfinite(points[:, 1])]):
+            series[name] = points[:, 0], points[:, 1]
+    return series
 
 
-def _named(series: Mapping[str, Series], start: str, end: str = "") -> dict[str, Series]:
+def _named(series: Mapping[str, _Series], start: str, end: str = "") -> dict[str, _Series]:
     """The series whose names start and end so, by what stands between."""
-    found = [name for name in series if isinstance(name, str) and name.startswith(start) and name.endswith(end)]
+    found = [name for name in series if name.startswith(start) and name.endswith(end)]
     return {name.removeprefix(start).removesuffix(end): series[name] for name in found}
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Exponential moving average over a twentieth of the values, without the bias to its start."""
+    from scipy.signal import lfilter  # slow to import, and only needed here
+
     keep = 1 - 1 / max(len(values) / 20, 1)
-    averages = accumulate(values, lambda average, value: keep * average + (1 - keep) * value, initial=0.0)
-    return np.array(list(averages)[1:]) / (1 - keep ** np.arange(1, len(values) + 1))
+    return np.asarray(lfilter([1 - keep], [1, -keep], values)) / (1 - keep ** np.arange(1, len(values) + 1))
 
 
 # ---------------------------------------------------------------- masks
-
-
-def colorize(mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """The mask in the colours of the palette, as an image."""
-    return palette[mask]
 
 
 def overlay(
@@ -318,21 +296,11 @@ def overlay(
 
     ``alpha`` is the weight of the colours in [0, 1]; ``edges`` are thin light lines where classes meet.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: got {alpha}, accepted: 0 to 1")
-    mixed = np.rint((1 - alpha) * image.astype(np.float32) + alpha * colorize(mask, palette)).astype(np.uint8)
+    mixed = np.rint((1 - alpha) * image.astype(np.float32) + alpha * palette[mask]).astype(np.uint8)
     if edges:
         width = 1 + max(mask.shape) // 1200
-        mixed[cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((1 + width, 1 + width), np.uint8)) > 0] = _EDGE
+        mixed[cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((1 + width, 1 + width), np.uint8)) > 0] = 245
     return mixed
-
-
-def hatch(image: np.ndarray, ignored: np.ndarray) -> np.ndarray:
-    """The image with dark diagonal stripes where ``ignored``, bool (H, W), is set."""
-    rows, columns = np.indices(ignored.shape)
-    stripe = max(ignored.shape[0] // 40, 1)
-    stripes = np.where((rows + columns) // stripe % 2 == 0, np.uint8(30), np.uint8(80))
-    return np.where(ignored[..., None], stripes[..., None], image)
 
 
 def legend_columns(names: Sequence[str], width: int) -> int:
@@ -343,14 +311,10 @@ def legend_columns(names: Sequence[str], width: int) -> int:
 def legend(
     names: Sequence[str], palette: np.ndarray, shown: Sequence[int], width: int, rows: int | None = None
 ) -> np.ndarray:
-    """Colour and name of classes, line by line: an image, dark on white.
+    """Colour and name of the classes ``shown``, line by line: an image, dark on white.
 
-    Args:
-        names: of all classes, by train id; they decide how wide a column is.
-        palette: train id -> RGB.
-        shown: train ids of the entries, in order.
-        width: of the image in pixels; sets the size of the letters.
-        rows: number of lines, for images of equal height; None: as many as the entries need.
+    ``names`` of all classes decide how wide a column is, ``width`` in pixels how large the letters are; ``rows`` is the
+    number of lines, for images of equal height, and as many as the entries need by default.
     """
     font, entry = _entry(names, width)
     size, columns, line = round(font.size), legend_columns(names, width), round(1.6 * font.size)
@@ -386,7 +350,6 @@ _SUMMARY = {"miou": "mIoU", "category_miou": "mIoU of categories", "fw_iou": "fr
             "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy", "mean_f1": "mean F1",
             "n_images": "images", "seconds": "seconds"}  # fmt: skip
 _UNIT = "scores in %"
-_HEADER = 14  # characters in a line of a header
 
 
 def score_table(columns: Mapping[str, Mapping[str, Any]], width: int) -> Group:
@@ -395,17 +358,14 @@ def score_table(columns: Mapping[str, Mapping[str, Any]], width: int) -> Group:
     Where they are too many for one table of this ``width`` in characters, several stand below each other; headers are
     folded, numbers never cut.
     """
-    sections = _sections(columns)
-    rows = [(name, cells) for section in sections for name, cells in section.items()]
-    numbers = max(len(cell) for _, cells in rows for cell in cells)
-    wide = max(numbers, min(_HEADER, max(map(len, columns))))
-    names = max(len(_UNIT), *(len(name) for name, _ in rows))
-    names = max(min(names, width - wide - 7), 1)  # two blanks and a border for each column
-    step = max((width - names - 4) // (wide + 3), 1)
-    labels, tables = list(columns), []
+    sections, labels, tables = _sections(columns), list(columns), []
+    names = max(len(name) for section in sections for name in section)
+    numbers = max(len(cell) for section in sections for cells in section.values() for cell in cells)
+    wide = max(numbers, min(14, max(map(len, labels))))
+    step = max((width - names - 4) // (wide + 3), 1)  # two blanks and a border for each column
     for start in range(0, len(labels), step):
         table = Table()
-        table.add_column(_UNIT, width=names, overflow="fold")
+        table.add_column(_UNIT, overflow="fold")
         for label in labels[start : start + step]:
             table.add_column(label, justify="right", width=wide, overflow="fold")
         for section in sections:
@@ -414,23 +374,6 @@ def score_table(columns: Mapping[str, Mapping[str, Any]], width: int) -> Group:
             table.add_section()
         tables.append(table)
     return Group(*tables)
-
-
-def data_table(findings: Mapping[str, Any]) -> Table:
-    """How often each class occurs in each split (what ``check_data.json`` holds) for the terminal."""
-    splits = findings["splits"]
-    table = Table(caption_justify="left", show_footer=True)
-    table.add_column("class", footer="pairs (fit)\nsizes\nignored", no_wrap=True)
-    for split, found in splits.items():
-        sizes = next(iter(found["sizes"])) if len(found["sizes"]) == 1 else f"{len(found['sizes'])} sizes"
-        footer = f"{found['pairs']:,} ({found['fit']:,})\n{sizes}\n{100 * found['ignored_share']:.1f} %"
-        table.add_column(f"{split}\npixels", footer=footer, justify="right")
-        table.add_column("\nimages", justify="right")
-    for name in next(iter(splits.values()))["classes"]:
-        entries = [found["classes"][name] for found in splits.values()]
-        cells = [cell for e in entries for cell in (f"{100 * e['share']:.3f} %", f"{e['images']:,}")]
-        table.add_row(name, *cells, style=None if all(e["pixels"] for e in entries) else "dim")
-    return table
 
 
 def markdown_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
@@ -442,19 +385,20 @@ def markdown_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _sections(columns: Mapping[str, Mapping[str, Any]]) -> list[dict[str, list[str]]]:
     """Rows of name -> one cell for each column: the means, the classes, the categories."""
-
-    def cell(key: str, value: float | None) -> str:
-        formats = {"n_images": "{}", "seconds": "{:.1f}"}
-        return percent(value) if value is None or key not in formats else formats[key].format(value)
-
     scores = list(columns.values())
     means = {key: title for key, title in _SUMMARY.items() if any(key in column for column in scores)}
-    sections = [{title: [cell(key, column.get(key)) for column in scores] for key, title in means.items()}]
+    sections = [{title: [_cell(key, column.get(key)) for column in scores] for key, title in means.items()}]
     for key, prefix in (("classes", "IoU "), ("categories", "category IoU ")):
-        names = dict.fromkeys(name for column in scores for name in column.get(key, ()))
-        ious = {name: [column.get(key, {}).get(name, {}).get("iou") for column in scores] for name in names}
-        sections.append({prefix + name: [percent(iou) for iou in row] for name, row in ious.items()})
+        entries = [column.get(key, {}) for column in scores]
+        names = dict.fromkeys(name for entry in entries for name in entry)
+        rows = {name: [percent(entry.get(name, {}).get("iou")) for entry in entries] for name in names}
+        sections.append({prefix + name: cells for name, cells in rows.items()})
     return [section for section in sections if section]
+
+
+def _cell(key: str, value: float | None) -> str:
+    formats = {"n_images": "d", "seconds": ".1f"}
+    return percent(value) if value is None or key not in formats else format(value, formats[key])
 
 
 def percent(score: float | None) -> str:
@@ -465,29 +409,19 @@ def percent(score: float | None) -> str:
 # ---------------------------------------------------------------- files
 
 
-def write_json(path: Path, content: Any, *, replace: bool = False) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write a JSON file; as :func:`write_text`."""
-    write_text(path, json.dumps(content, indent=2) + "\n", replace=replace)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str, *, replace: bool = False) -> None:
-    """Write a file, whole or not at all.
-
-    Raises:
-        FileExistsError: it is there already, and ``replace``, for what can be made again, is not set.
-    """
-    if path.exists() and not replace:
-        raise FileExistsError(f"{path} exists; nothing is overwritten")
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a file, whole or not at all. That no run is overwritten, the choice of its folder sees to."""
     with replacing(path) as stream:
         stream.write(text.encode())
 
 
 def write_counts(path: Path, scores: "SegmentationScores") -> None:
-    """Write the counts behind the scores as a NumPy archive, so that runs can be compared image by image.
-
-    It holds ``image_index`` (n,), ``per_image`` (n, 3, C): true positives, predicted and true pixels, and ``confusion``
-    (C, C), truth by prediction; all int64.
-    """
+    """Write the counts behind the scores as a NumPy archive, so that runs can be compared image by image."""
     np.savez_compressed(path, image_index=scores.image_index, per_image=scores.per_image, confusion=scores.confusion)
 
 
@@ -501,46 +435,29 @@ def provenance(seeds: Mapping[str, int]) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     status = git("status", "--porcelain")
-    packages = ("bisenet", "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "albumentations", "numpy",
-                "opencv-python-headless")  # fmt: skip
+    packages = "bisenet torch lightning torchmetrics hydra-core omegaconf albumentations numpy opencv-python-headless"
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "versions": {"python": platform.python_version()}
-        | {name: found.version for name in packages for found in [*distributions(name=name)][:1]},
-        "hardware": {
-            "machine": platform.machine(),
-            "cpu_cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "cuda": torch.version.cuda,
-        },
+        | {name: found.version for name in packages.split() for found in [*distributions(name=name)][:1]},
+        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads(),
+                     "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+                     "cuda": torch.version.cuda},
         "seeds": dict(seeds),
-    }
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- results
 
 
-def score_columns(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores of a run side by side: of each protocol, of the last weights and of those best on val."""
-    columns = dict(results["protocols"])
-    best = results.get("best_on_val", {})
-    if best and best["step"] != results["step"]:
-        columns |= {f"{name} (best on val)": scores for name, scores in best["protocols"].items()}
-    return columns
-
-
 def write_results(results: Mapping[str, Any], folder: Path) -> None:
     """Write and show what ``results.json`` holds; that file comes last: with it a run is finished."""
-    steps = [f"{results.get('checkpoint', 'checkpoints/last.ckpt')} ({_step(results)})"]
-    if best := results.get("best_on_val"):
-        steps.append(f"best on val: checkpoints/best.ckpt ({_step(best)})")
-    steps += [f"split {results['split']}", f"{results['precision']} on {results['device']}"]
-    text = f"- {results['name']}: {', '.join(steps)}\n\n{markdown_table(score_columns(results))}"
-    write_text(folder / "results.md", text, replace=True)
+    lines = [f"{results['name']}: {results['precision']} on {results['device']}", *_result_lines(results)]
+    text = "".join(f"- {line}\n" for line in lines) + f"\n{markdown_table(_result_columns(results))}"
+    write_text(folder / "results.md", text)
     write_json(folder / "results.json", results)
     show_results(results)
 
@@ -548,30 +465,47 @@ def write_results(results: Mapping[str, Any], folder: Path) -> None:
 def show_results(results: Mapping[str, Any]) -> None:
     """Print the scores as a table, and each mean IoU in a line."""
     console = Console()
-    console.print(score_table(score_columns(results), console.width))
+    console.print(score_table(_result_columns(results), console.width))
+    for line in _result_lines(results):
+        console.print(line)
+
+
+def _result_columns(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of a run side by side: of each protocol, of the last weights and of those best on val."""
+    best = results.get("best_on_val") or results
+    further = best["protocols"] if best["step"] != results["step"] else {}
+    return {**results["protocols"], **{f"{name} (best on val)": scores for name, scores in further.items()}}
+
+
+def _result_lines(results: Mapping[str, Any]) -> list[str]:
     weights = Path(results["checkpoint"]).name if "checkpoint" in results else "last weights"
-    stages = [(results, f"{weights}, {_step(results)}")]
+    stages = [(results, f"{weights}, step {'unknown' if results['step'] is None else results['step']}")]
     if best := results.get("best_on_val"):
-        stages.append((best, f"best on {best['selected_on']}, {_step(best)}"))
+        stages.append((best, f"best on {best['selected_on']}, step {best['step']}"))
     if ema := results.get("ema"):
         stages.append((ema, f"moving average of the weights, decay {ema['decay']}"))
-    for found, label in stages:
-        for name, scores in found["protocols"].items():
-            console.print(f"mIoU {percent(scores['miou'])} ({name} on {results['split']}, {label})")
-
-
-def _step(results: Mapping[str, Any]) -> str:
-    return "unknown step" if results["step"] is None else f"step {results['step']}"
+    return [f"mIoU {percent(scores['miou'])} ({name} on {results['split']}, {label})"
+            for found, label in stages for name, scores in found["protocols"].items()]  # fmt: skip
 
 
 def show_data(findings: Mapping[str, Any]) -> None:
     """Print what ``check_data.json`` holds: a table, warnings and problems, and the suggested normalisation."""
-    console = Console()
-    console.print(data_table(findings))
-    for kind in ("warnings", "problems"):
-        lines = findings["warnings"] if kind == "warnings" else [
-            problem for split in findings["splits"].values() for problem in split["problems"]]  # fmt: skip
+    console, splits = Console(), findings["splits"]
+    table = Table(show_footer=True)
+    table.add_column("class", footer="pairs (fit)\nsizes\nignored", no_wrap=True)
+    for split, found in splits.items():
+        sizes = next(iter(found["sizes"])) if len(found["sizes"]) == 1 else f"{len(found['sizes'])} sizes"
+        footer = f"{found['pairs']:,} ({found['fit']:,})\n{sizes}\n{100 * found['ignored_share']:.1f} %"
+        table.add_column(f"{split}\npixels", footer=footer, justify="right")
+        table.add_column("\nimages", justify="right")
+    for name in next(iter(splits.values()))["classes"]:
+        entries = [found["classes"][name] for found in splits.values()]
+        cells = [cell for e in entries for cell in (f"{100 * e['share']:.3f} %", f"{e['images']:,}")]
+        table.add_row(name, *cells, style=None if all(e["pixels"] for e in entries) else "dim")
+    console.print(table)
+    problems = [problem for found in splits.values() for problem in found["problems"]]
+    for kind, lines in (("warning", findings["warnings"]), ("problem", problems)):
         for line in lines:
-            console.print(f"{kind.removesuffix('s')}: {line}", markup=False, highlight=False)
+            console.print(f"{kind}: {line}", markup=False, highlight=False)
     if suggested := findings["suggested"]:
         print(f"measured over {suggested['split']}: 'data.mean={suggested['mean']}' 'data.std={suggested['std']}'")

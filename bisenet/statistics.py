@@ -9,7 +9,7 @@ Pure functions on arrays, built on SciPy. Scores come in any unit (percentage po
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -21,9 +21,7 @@ from scipy import stats as scipy_stats
 optimize: Any = scipy_optimize  # SciPy has no types
 stats: Any = scipy_stats
 
-CONFIDENCE = 0.95
-ALPHA = 0.05
-POWER = 0.8
+ALPHA, CONFIDENCE, POWER = 0.05, 0.95, 0.8
 _ROUNDING = 1e-9  # a spread that is a smaller part of the scores than this is none
 
 
@@ -38,11 +36,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Summary:
-    """A group of scores.
+    """A group of scores, of which ``n`` are independent.
 
-    ``n`` counts the independent ones. ``sd`` is the standard deviation over the seeds (with n - 1), ``low`` and
-    ``high`` are the ends of Student's interval of the mean, and ``resolvable`` is the smallest true difference of two
-    groups of this n and spread that Welch's test finds with a power of 80 %. One score cannot tell these four: None.
+    ``sd`` is the standard deviation over the seeds (with n - 1), ``low`` and ``high`` are the ends of Student's
+    interval of the mean, ``resolvable`` is what :func:`resolvable` tells. One score has none of these four: None.
     """
 
     n: int
@@ -56,25 +53,24 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Mean of the first group minus mean of the second, over seeds.
+class Tested(Interval):
+    """A mean, or a difference of two, with the p of its being 0, not corrected for other tests.
 
-    ``difference`` has Welch's interval, ``p`` is of Welch's test, not corrected for other tests. ``effect_size`` is
-    Hedges' g: the difference in standard deviations (root mean of both variances), without the bias of small groups.
+    ``effect_size`` of two groups is Hedges' g: the difference in standard deviations (root mean of both variances),
+    without the bias of small groups.
     """
 
-    difference: Interval
     p: float
-    effect_size: float
+    effect_size: float | None = None
 
 
 @dataclass(frozen=True)
 class VarianceSplit:
     """Spread between seeds and spread between repetitions of the same seed, as standard deviations.
 
-    ``seed_sd`` is the component of the seeds alone: 0 where repetitions explain all of the spread, None with a single
-    seed. ``repeat_sd`` is what is not deterministic. ``p`` is of the hypothesis that seeds add nothing (F test); None
-    with a single seed, or where repetitions do not vary.
+    ``seed_sd`` is that of the seeds alone: 0 where repetitions explain all of the spread, None with a single seed.
+    ``repeat_sd`` is what is not deterministic. ``p`` is of the hypothesis that seeds add nothing (F test); None with a
+    single seed, or where repetitions do not vary.
     """
 
     seed_sd: float | None
@@ -83,40 +79,38 @@ class VarianceSplit:
 
 
 def summarize(values: ArrayLike, independent: int | None = None) -> Summary:
-    """Mean, spread, 95 % interval, extremes and resolution of one group.
+    """Mean, spread, 95 % interval, extremes and resolution of at least one score.
 
-    Args:
-        values: at least one finite score.
-        independent: as how many independent scores they count, where they share something that varies; None: all.
-            With 3 x 3 crossed seeds it is 3, which errs on the safe side.
+    ``independent`` is as how many scores they count where they share something that varies; None: all. With 3 x 3
+    crossed seeds it is 3, which errs on the safe side.
     """
-    scores = _scores("values", values, at_least=1)
+    scores = np.asarray(values, np.float64)
     n, mean = independent or len(scores), float(scores.mean())
     if n == 1:
         return Summary(1, mean, None, None, None, mean, mean, None)
-    sd, mean_of = _sd(scores), _t_test(_sample(scores, n))[0]
+    sd, mean_of = _sd(scores), _t_test(_sample(scores, n))
     return Summary(n, mean, sd, mean_of.low, mean_of.high, scores.min().item(), scores.max().item(), resolvable(n, sd))
 
 
-def welch(first: ArrayLike, second: ArrayLike, independent: tuple[int, int] | None = None) -> Difference | None:
+def welch(first: ArrayLike, second: ArrayLike, independent: tuple[int, int] | None = None) -> Tested | None:
     """Compare the means of two groups of at least two scores, which may differ in spread and size.
 
     ``independent`` is that of each group, as for :func:`summarize`. None is returned where neither has a spread: there
     is nothing to test against.
     """
-    a, b = (_scores(name, v, at_least=2) for name, v in (("first", first), ("second", second)))
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     n = np.array(independent or (len(a), len(b)))
     variances = np.array([_sd(a), _sd(b)]) ** 2
     if not variances.any():
         return None
-    interval, p = _t_test(_sample(a, n[0]), _sample(b, n[1]))
+    found = _t_test(_sample(a, n[0]), _sample(b, n[1]))
     unbiased = 1 - 3 / (4 * float(_satterthwaite(variances, n - 1)) - 1)  # Hedges 1981, with the df of unequal spreads
-    return Difference(interval, p, unbiased * interval.estimate / float(variances.mean() ** 0.5))
+    return replace(found, effect_size=unbiased * found.estimate / float(variances.mean() ** 0.5))
 
 
-def paired(differences: ArrayLike, independent: int | None = None) -> tuple[Interval, float] | None:
-    """Interval and p (t test) of the mean of at least two differences within the same runs; else as :func:`welch`."""
-    scores = _scores("differences", differences, at_least=2)
+def paired(differences: ArrayLike, independent: int | None = None) -> Tested | None:
+    """Test the mean of at least two differences within the same runs (t test); else as :func:`welch`."""
+    scores = np.asarray(differences, np.float64)
     return _t_test(_sample(scores, independent or len(scores))) if _sd(scores) else None
 
 
@@ -126,14 +120,14 @@ def _sample(scores: NDArray[np.float64], n: int) -> NDArray[np.float64]:
     return scores.mean() + _sd(scores) / spread.std(ddof=1) * spread
 
 
-def _t_test(first: NDArray[np.float64], second: NDArray[np.float64] | None = None) -> tuple[Interval, float]:
-    """Mean of a sample, or difference of two means, with its confidence interval, and the p of its being 0."""
+def _t_test(first: NDArray[np.float64], second: NDArray[np.float64] | None = None) -> Tested:
+    """Mean of a sample, or difference of two means."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of samples without a spread
         found = stats.ttest_1samp(first, 0) if second is None else stats.ttest_ind(first, second, equal_var=False)
         low, high = found.confidence_interval(CONFIDENCE)
     estimate = first.mean() - (0 if second is None else second.mean())
-    return Interval(float(estimate), float(low), float(high)), float(found.pvalue)
+    return Tested(float(estimate), float(low), float(high), float(found.pvalue))
 
 
 def _satterthwaite(variances: NDArray[np.float64], df: ArrayLike) -> Any:
@@ -156,17 +150,11 @@ def bootstrap_images(
     """Difference of the mean mIoU of two groups of trained networks, with its interval over the images (percentile).
 
     The same resampled images are given to all runs, so that what makes an image hard cancels. The networks are held
-    fixed: this interval says what other images of the kind would show, not what other seeds would.
-
-    ``first`` and ``second`` hold one array for each run over the same images, int64 (n, 3, C): true positives,
-    predicted and true pixels of each image.
+    fixed: this interval says what other images of the kind would show, not what other seeds would. Each run is int64
+    (n, 3, C) over the same n >= 2 images: true positives, predicted and true pixels of each.
     """
     counts = [np.asarray(run, dtype=np.float64) for run in (*first, *second)]
     n = len(counts[0])
-    if not first or not second or any(run.shape != counts[0].shape for run in counts) or n < 2:
-        shapes = [run.shape for run in counts]
-        raise ValueError(f"first, second: got {shapes}, accepted: at least one run each, all over the same images (2+)")
-
     draws = np.random.default_rng(seed).integers(n, size=(resamples, n))
     times = np.stack([np.ones(n), *(np.bincount(draw, minlength=n) for draw in draws)])  # of each image, at first once
     scores = np.stack([_miou(np.tensordot(times, run, axes=1)) for run in counts])
@@ -183,14 +171,12 @@ def _miou(counts: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def power(difference: float, sds: tuple[float, float], n: int) -> float:
-    """Probability that Welch's test with n >= 2 scores per group finds a true difference > 0.
+    """Probability that Welch's test with n >= 2 scores per group, of deviations not both 0, finds this difference > 0.
 
     Exact for normal scores. Of the pooled sum of squares a Beta-distributed share is the first group's, independent of
     the sum; the share fixes the degrees of freedom that the test estimates, and given it the statistic is a noncentral
     t up to a factor. The power is averaged over the share's quantiles (Gauss-Legendre). The square of a noncentral t is
     a noncentral F, whose two tails are one: SciPy's lower tail of t underflows to NaN.
-
-    ``sds`` are the standard deviations of the groups, not both 0.
     """
     nodes, weights = np.polynomial.legendre.leggauss(64)
     share = stats.beta.ppf((nodes + 1) / 2, (n - 1) / 2, (n - 1) / 2)
@@ -215,12 +201,10 @@ def _resolvable_effect(n: int) -> float:
 
 
 def seeds_needed(difference: float, sds: tuple[float, float], most: int = 10_000) -> int | None:
-    """Seeds per group with which Welch's test finds a difference of this size with a power of 80 %.
+    """Seeds per group, whose deviations are ``sds``, with which Welch's test finds this difference > 0 with 80 %.
 
-    None: more than ``most``. ``sds`` are the standard deviations of the groups.
+    None: more than ``most``.
     """
-    if not difference > 0:
-        raise ValueError(f"difference: got {difference}, accepted: a positive number")
     if difference > 100 * max(sds):
         return 2
     enough = bisect_left(range(most + 1), POWER, lo=2, key=lambda n: power(difference, sds, n))
@@ -228,11 +212,11 @@ def seeds_needed(difference: float, sds: tuple[float, float], most: int = 10_000
 
 
 def split_variance(groups: Sequence[ArrayLike]) -> VarianceSplit | None:
-    """Split the variance by a one-way analysis with random effects (moment estimator, groups of any size).
+    """Split the variance of the repetitions of each seed by a one-way analysis with random effects (moment estimator).
 
-    ``groups`` are the scores of the repetitions of each seed; None is returned where no seed has two.
+    The groups may have any size; None is returned where no seed has two repetitions.
     """
-    scores = [_scores("groups", group, at_least=1) for group in groups]
+    scores = [np.asarray(group, np.float64) for group in groups]
     sizes = np.array([len(group) for group in scores])
     k, total = len(scores), int(sizes.sum())
     if total == k:
@@ -252,10 +236,3 @@ def _sd(scores: NDArray[np.float64]) -> float:
     """Standard deviation with n - 1; 0 where it is nothing but rounding."""
     sd = float(scores.std(ddof=1))
     return sd if sd > _ROUNDING * float(np.abs(scores).max()) else 0.0
-
-
-def _scores(name: str, values: ArrayLike, at_least: int) -> NDArray[np.float64]:
-    scores = np.asarray(values, dtype=np.float64)
-    if scores.ndim != 1 or len(scores) < at_least or not np.isfinite(scores).all():
-        raise ValueError(f"{name}: got {np.array(values).tolist()}, accepted: at least {at_least} finite numbers")
-    return scores

@@ -108,8 +108,8 @@ def test_a_run_directory_holds_what_a_reader_needs(finished: Path) -> None:
     assert set(single["categories"]) == set(ClassTable.load("cityscapes").categories)
     table = (finished / "results.md").read_text()
     assert f"| mIoU | {100 * single['miou']:.2f} | {100 * found['protocols']['half']['miou']:.2f} |" in table
-    assert "checkpoints/last.ckpt (step 6), " in table
-    assert "split val, fp32 on cpu" in table
+    assert "(ss on val, last weights, step 6)" in table
+    assert "fp32 on cpu" in table
     assert (found["precision"], found["device"]) == ("fp32", "cpu")
     best = found["best_on_val"]
     assert best["selected_on"] == "val"

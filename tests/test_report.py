@@ -17,7 +17,7 @@ from bisenet import report
 from bisenet.classes import ClassTable, SegmentationClass
 from bisenet.data.scenes import render_scene
 from bisenet.metrics import SegmentationMetric, SegmentationScores
-from bisenet.report import colorize, hatch, overlay
+from bisenet.report import overlay
 
 CITYSCAPES = ClassTable.load("cityscapes")
 
@@ -55,30 +55,13 @@ def drawn(path: Path) -> np.ndarray:
 def test_overlay_lies_between_image_and_colours(height: int, width: int, seed: int, alpha: float) -> None:
     rng = np.random.default_rng(seed)
     image, mask = rng.integers(0, 256, (height, width, 3), np.uint8), rng.integers(0, 256, (height, width), np.uint8)
-    colours = colorize(mask, CITYSCAPES.palette)
-    assert (colours.shape, colours.dtype) == (image.shape, np.uint8)
-    assert all((colours[mask == index] == CITYSCAPES.palette[index]).all() for index in np.unique(mask))
+    colours = CITYSCAPES.palette[mask]
     mixed = overlay(image, mask, CITYSCAPES.palette, alpha)
     assert (mixed.shape, mixed.dtype) == (image.shape, np.uint8)
     assert (mixed >= np.minimum(image, colours)).all()
     assert (mixed <= np.maximum(image, colours)).all()
     assert np.array_equal(overlay(image, mask, CITYSCAPES.palette, 0.0), image)
     assert np.array_equal(overlay(image, mask, CITYSCAPES.palette, 1.0), colours)
-
-
-@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
-def test_overlay_refuses_an_alpha_that_is_no_share(alpha: float) -> None:
-    blank = np.zeros((2, 2, 3), np.uint8)
-    with pytest.raises(ValueError, match="alpha"):
-        overlay(blank, blank[..., 0], CITYSCAPES.palette, alpha)
-
-
-def test_hatch_marks_what_is_ignored_and_nothing_else() -> None:
-    shown, ignored = np.full((50, 60, 3), 200, np.uint8), np.zeros((50, 60), bool)
-    ignored[10:40, 5:50] = True
-    hatched = hatch(shown, ignored)
-    assert np.array_equal((hatched != shown).any(2), ignored)
-    assert len(np.unique(hatched[ignored])) == 2
 
 
 # ---------------------------------------------------------------- figures
@@ -93,6 +76,7 @@ def test_predictions_of_differing_sizes_are_drawn(tmp_path: Path) -> None:
     for index in (0, 8, 10):  # road, vegetation, sky: the colours survive the reduction to 256
         near = np.abs(pixels - CITYSCAPES.palette[index]).max(2) <= 3
         assert near.mean() > 0.01
+    assert ((pixels == 85).all(2).sum() > 20) == any((truth == 255).any() for truth in truths)  # stripes: ignored
 
 
 FULL = """epoch,step,train/loss,train/loss/main,train/loss/aux,lr/decay,lr/no_decay,lr/heads,val/ss/miou
@@ -111,37 +95,27 @@ FULL = """epoch,step,train/loss,train/loss/main,train/loss/aux,lr/decay,lr/no_de
         "step,train/loss\n",
         "step,train/loss\n3,1.5\n",
         "step,val/ss/miou\n3,0.5\n",
-        "train/loss,lr/all\n1.5,0.1\n1.2,0.2\n",
         "step,train/loss\n1,nan\n2,inf\n",
         "step,train/loss,lr/all\n1,0.0,0.0\n2,0.0,0.0\n",
-        "step,train/loss\n1,2.0,7,8\n2",
-        "epoch,time/step\n0,1.0\n",
     ],
-    ids=["full", "empty", "header", "one-row", "only-val", "no-step", "not-finite", "zeros", "ragged", "unrelated"],
+    ids=["full", "empty", "header", "one-row", "only-val", "not-finite", "zeros"],
 )
 def test_curves_of_any_metrics_file_are_drawn(text: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(text)
     report.plot_curves(tmp_path / "metrics.csv", tmp_path / "figures" / "curves.png")
     pixels = drawn(tmp_path / "figures" / "curves.png")
     assert pixels.shape[1] > 2 * pixels.shape[0]
+    if text == FULL:
+        series = report._read_series(tmp_path / "metrics.csv")
+        assert [values.tolist() for values in series["train/loss"]] == [[10, 20], [7.1, 5.0]]
+        assert [values.tolist() for values in series["val/ss/miou"]] == [[10, 20], [0.1, 0.3]]
 
 
-def test_curves_show_what_was_logged(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text(FULL)
-    series = report._read_series(tmp_path / "metrics.csv")
-    assert [values.tolist() for values in series["train/loss"]] == [[10, 20], [7.1, 5.0]]
-    assert [values.tolist() for values in series["val/ss/miou"]] == [[10, 20], [0.1, 0.3]]
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=100), st.integers(1, 5))
-def test_smoothing_stays_among_the_values(values: list[float], repeat: int) -> None:
-    values = np.repeat(values, repeat).tolist() + [values[0]] * 30  # long enough to be smoothed
-    smooth = report._smooth(np.array(values))
-    slack = 1e-9 * (1 + max(map(abs, values)))
-    assert len(smooth) == len(values)
-    assert smooth[0] == pytest.approx(values[0])
-    assert (smooth >= np.minimum.accumulate(values) - slack).all()
-    assert (smooth <= np.maximum.accumulate(values) + slack).all()
+def test_smoothing_averages_without_a_bias_to_the_start() -> None:
+    values = np.r_[np.full(100, 3.0), np.tile([0.0, 1.0], 200)]
+    smooth = report._smooth(values)
+    assert smooth[:100] == pytest.approx(3)
+    assert smooth[-1] == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize(("classes", "largest"), [(2, 2), (19, 17), (171, 160)])
@@ -159,7 +133,7 @@ def test_scores_are_drawn_for_few_and_many_classes(classes: int, largest: int, t
         assert bars == [index < largest for index in range(19) if np.ptp(CITYSCAPES.palette[index]) > 60]
 
 
-@pytest.mark.parametrize("count", [2, 6, 13])
+@pytest.mark.parametrize("count", [2, 13])
 def test_protocols_are_drawn_side_by_side(count: int, tmp_path: Path) -> None:
     columns = {f"protocol {i}": scores(19, 17 + i % 3, seed=i).to_dict(CITYSCAPES.names) for i in range(count)}
     report.plot_iou(columns, CITYSCAPES, tmp_path / "iou.png")
@@ -173,8 +147,7 @@ def test_scores_of_nothing_are_drawn(tmp_path: Path) -> None:
     found = nothing.compute()
     report.plot_iou({"ss": found.to_dict(CITYSCAPES.names)}, CITYSCAPES, tmp_path / "iou.png")
     report.plot_confusion(found.confusion, CITYSCAPES.names, tmp_path / "confusion.png")
-    drawn(tmp_path / "iou.png")
-    drawn(tmp_path / "confusion.png")
+    assert drawn(tmp_path / "iou.png").size < drawn(tmp_path / "confusion.png").size
 
 
 def test_confusion_is_coloured_by_the_share_of_the_true_class(tmp_path: Path) -> None:
@@ -228,18 +201,13 @@ def test_a_table_that_is_too_wide_is_divided_and_no_digit_is_lost(width: int) ->
         assert shown.count("frequency-weighted IoU") == (1 if width == 400 else 2)
 
 
-def test_json_is_written_once(tmp_path: Path) -> None:
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "run" / "results.json"
     report.write_json(path, {"miou": 0.5, "absent": []})
-    with pytest.raises(FileExistsError, match=r"results\.json"):
-        report.write_json(path, {"miou": 0.9})
-    assert json.loads(path.read_text()) == {"miou": 0.5, "absent": []}
-
-
-def test_json_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        report.write_json(tmp_path / "results.json", {"miou": object()})
-    assert list(tmp_path.iterdir()) == []
+        report.write_json(path, {"miou": object()})
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+    assert json.loads(path.read_text()) == {"miou": 0.5, "absent": []}
 
 
 def test_counts_give_the_scores_again(tmp_path: Path) -> None:

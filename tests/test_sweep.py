@@ -347,7 +347,6 @@ def test_published_scores_go_through_the_command(tmp_path: Path) -> None:
         ({"values": {"a": []}}, "values.a: got []"),
         ({"values": [1]}, "values: got [1]"),
         ({"values": {"a": [70.0]}, "difference": 0}, "difference: got 0"),
-        ({"values": {"a": [70.0]}, "resamples": 1}, "resamples: got 1"),
     ],
 )
 def test_a_comparison_without_sense_is_refused(arguments: dict[str, Any], named: str) -> None:

@@ -42,14 +42,16 @@ class AttentionRefinement(nn.Module):
         self.bn_atten = make_norm(norm, 128)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the weighted feature."""
         x = self.conv(x)
         pooled = pool_globally(x, self.bn_atten)  # (B, 128, 1, 1)
         return x * self.bn_atten(self.conv_atten(pooled)).sigmoid()
 
 
 class ContextPath(nn.Module):
-    """ResNet-18 whose deep features are refined by attention, given the global context, and brought up to stride 8."""
+    """ResNet-18 whose deep features are refined by attention, given the global context, and brought up to stride 8.
+
+    Maps an image to the backbone's feature at stride 8, and to the context at strides 8 and 16.
+    """
 
     def __init__(self, norm: Norm) -> None:
         super().__init__()
@@ -61,7 +63,6 @@ class ContextPath(nn.Module):
         self.conv_avg = ConvNormAct(512, 128, 1, norm=norm)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the backbone's feature at stride 8, and the context at strides 8 and 16."""
         feature8, feature16, feature32 = self.resnet(image)
         pooled = self.conv_avg(pool_globally(feature32, self.conv_avg))  # (B, 128, 1, 1)
         context32 = self.arm32(feature32) + pooled  # (B, 128, H/32, W/32)
@@ -71,7 +72,7 @@ class ContextPath(nn.Module):
 
 
 class TopDownPath(nn.Module):
-    """ResNet-18 and a plain u-shaped decoder: the control without attention, global context and fusion module."""
+    """ResNet-18 and a plain u-shaped decoder, without attention, global context and fusion: strides 8, 16 and 32."""
 
     def __init__(self, norm: Norm) -> None:
         super().__init__()
@@ -83,7 +84,6 @@ class TopDownPath(nn.Module):
         self.smooth16 = ConvNormAct(128, 128, 3, norm=norm)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the decoded features at strides 8, 16 and 32, 128 channels each."""
         feature8, feature16, feature32 = self.resnet(image)
         top32 = self.lateral32(feature32)
         top16 = self.smooth16(self.lateral16(feature16) + resize_nearest(top32, feature16))
@@ -117,7 +117,6 @@ class FeatureFusion(nn.Module):
             self.conv2 = nn.Conv2d(64, 256, 1, bias=False)
 
     def forward(self, detail: Tensor, context: Tensor) -> Tensor:
-        """Return the fused feature."""
         x = self.convblk(torch.cat([detail, context], dim=1))
         pooled = pool_globally(x, self.bn)  # (B, 256, 1, 1)
         scores = self.conv2(self.conv1(pooled).relu()) if self.bn is None else self.bn(self.conv(pooled))
@@ -176,7 +175,6 @@ class BiSeNetV1(SegmentationNetwork):
         initialise(self)
 
     def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map a normalised image (B, 3, H, W) to the feature maps of the three heads."""
         if self.structure == "u_shape":
             return self.cp(image)
         feature8, context8, context16 = self.cp(image)

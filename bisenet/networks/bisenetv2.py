@@ -67,7 +67,6 @@ class Stem(nn.Module):
         self.fuse = ConvNormAct(2 * channels, channels, 3)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the feature at stride 4."""
         x = self.conv(image)  # (B, channels, H/2, W/2)
         return self.fuse(torch.cat([self.left(x), self.right(x)], dim=1))
 
@@ -84,7 +83,6 @@ class GatherExpand(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the residual."""
         return self.relu(x + self.conv2(self.dwconv(self.conv1(x))))
 
 
@@ -105,7 +103,6 @@ class GatherExpandDown(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the residual to the shrunken input."""
         return self.relu(self.shortcut(x) + self.conv2(self.dwconv2(self.dwconv1(self.conv1(x)))))
 
 
@@ -119,7 +116,6 @@ class ContextEmbedding(nn.Module):
         self.conv_last = ConvNormAct(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the embedded feature."""
         context = pool_globally(x, self.bn)  # (B, channels, 1, 1)
         context = self.conv_gap(self.bn(context))
         return self.conv_last(x + context)
@@ -143,7 +139,6 @@ class SemanticBranch(nn.Module):
         self.S5_5 = ContextEmbedding(c5)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return the features at strides 4, 8, 16, 32, and 32 with context."""
         feature2 = by_strips(self.S1S2, image, stride=4, halo=8, training=self.training)  # (B, 16w, H/4, W/4)
         feature3 = self.S3(feature2)  # (B, 32w, H/8, W/8)
         feature4 = self.S4(feature3)  # (B, 64w, H/16, W/16)
@@ -170,7 +165,6 @@ class GuidedAggregation(nn.Module):
         self.resize = older if generation == "older" else partial(F.interpolate, mode="nearest")
 
     def forward(self, detail: Tensor, semantic: Tensor) -> Tensor:
-        """Map (B, 128w, H/8, W/8) and (B, 128w, H/32, W/32) to (B, 128w, H/8, W/8)."""
         size = detail.shape[2:]
         fine = self.left1(detail) * self.resize(self.right1(semantic), size).sigmoid()  # (B, 128w, H/8, W/8)
         coarse = self.left2(detail) * self.right2(semantic).sigmoid()  # (B, 128w, H/32, W/32)
@@ -197,7 +191,6 @@ class Head(nn.Module):
             self.conv_out = nn.Sequential(double, nn.Conv2d(booster**2, n_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
         return self.conv_out(self.drop(self.conv(x)))
 
 
@@ -245,7 +238,6 @@ class BiSeNetV2(SegmentationNetwork):
         initialise(self)
 
     def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Map a normalised image (B, 3, H, W) to the feature maps of the five heads."""
         *stages, semantic = self.segment(image)
         detail = by_strips(self.detail, image, stride=8, halo=40, training=self.training)  # (B, 128w, H/8, W/8)
         return self.bga(detail, semantic), *stages

@@ -104,7 +104,6 @@ class PositiveBatchNorm(nn.Module):
         self.register_load_state_dict_pre_hook(_nest_statistics)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise, scale and shift."""
         scale = self.weight.abs() + self.statistics.eps
         return torch.addcmul(self.bias[:, None, None], self.statistics(x), scale[:, None, None])
 
@@ -143,7 +142,6 @@ class ConvNormAct(nn.Module):
         self.act = make_activation(norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve, normalise, activate."""
         return self.act(self.bn(self.conv(x)))
 
 

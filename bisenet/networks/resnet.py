@@ -26,7 +26,6 @@ class BasicBlock(nn.Module):
         self.act2 = nn.ReLU(inplace=True)  # a plain ReLU with either norm
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the residual to the shortcut."""
         residual = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.act2(shortcut + residual)
@@ -48,8 +47,6 @@ class ResNet18(nn.Module):
         initialise(self)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the features at strides 8, 16 and 32."""
-
         def first(image: Tensor) -> Tensor:
             return self.layer1(self.maxpool(self.act(self.bn1(self.conv1(image)))))
 

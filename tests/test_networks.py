@@ -7,6 +7,7 @@ tests/data/networks; `python tests/test_networks.py <checkout>` records them aga
 import contextlib
 import copy
 import importlib
+import json
 import math
 import sys
 import types
@@ -19,13 +20,16 @@ import hydra
 import numpy as np
 import pytest
 import torch
+from conftest import composed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import model_zoo
 from torch.utils.flop_counter import FlopCounterMode
 
+from bisenet import checkpoint
 from bisenet.networks import BiSeNetV1, BiSeNetV2, SegmentationOutput, bisenetv2
 from bisenet.networks.blocks import PositiveBatchNorm, SegmentationNetwork, pool_globally
 
@@ -206,7 +210,7 @@ def test_initialisation_follows_the_table(variant: str) -> None:
     torch.manual_seed(0)
     network = VARIANTS[variant](19)
     layers = bisenetv2.GatherExpand | bisenetv2.GatherExpandDown
-    last_norms = {module.conv2.get_submodule("1") for module in network.modules() if isinstance(module, layers)}
+    last_norms = {list(module.conv2)[1] for module in network.modules() if isinstance(module, layers)}  # type: ignore
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
             out_channels, in_channels, height, width = module.weight.shape
@@ -320,6 +324,25 @@ def test_names_shapes_and_logits_equal_the_recorded_reference(name: str) -> None
         assert set(actual) | {"state"} == set(recorded)
         for head, logits in actual.items():
             np.testing.assert_allclose(logits, recorded[head], rtol=0, atol=1e-5 * np.abs(recorded[head]).max())
+
+
+def test_published_weights_for_face_parsing_load(tmp_path: Path) -> None:
+    """Those of zllrunning/face-parsing.PyTorch: the older V1-diss, with plain batch norm in place of InPlaceABN."""
+    with np.load(RECORDED / "older_bisenetv1_diss.npz") as recorded:
+        names = [name.split(" ", 1)[0] for name in recorded["state"]]
+        shapes = [json.loads(name.split(" ", 1)[1]) for name in recorded["state"]]
+    weights = {name: filling(name, tuple(shape)).float() for name, shape in zip(names, shapes, strict=True)}
+    counters = {name.replace("running_var", "num_batches_tracked"): torch.tensor(7) for name in names if "_var" in name}
+    torch.save(weights | counters, tmp_path / "79999_iter.pth")
+    data: Any = OmegaConf.to_container(composed("data=celebamask").data)
+    model = checkpoint.load(tmp_path / "79999_iter.pth", data)
+    expected = BiSeNetV1(19, structure="one_path", generation="older").eval()
+    expected.load_state_dict(weights | counters)
+    image = images(1, 64, 64)
+    assert torch.equal(model.network.eval()(image).logits, expected(image).logits)
+    assert (model.classes.names[1], model.classes.names[18]) == ("skin", "hat")
+    assert model.protocols["ss"].short_side == 512
+    assert model.predict(np.zeros((70, 90, 3), np.uint8)).shape == (70, 90)
 
 
 def record(checkout: Path) -> None:

@@ -190,7 +190,7 @@ class NonFinite(Callback):
 
     def _end(self, trainer: Trainer, step: int, what: str) -> None:
         if trainer.is_global_zero:
-            write_json(self.path, {"reason": what, "step": step, "samples": _drawn(trainer, step)}, replace=True)
+            write_json(self.path, {"reason": what, "step": step, "samples": _drawn(trainer, step)})
         trainer.strategy.barrier()  # else the first process to end would take this one with it
         last = self.path.parent / "checkpoints" / "last.ckpt"
         again = f"debug=replay callbacks.nonfinite.until={step}" + f" ckpt_path={last}" * last.exists()

@@ -8,6 +8,7 @@ import atexit
 import difflib
 import functools
 import itertools
+import json
 import logging
 import os
 import re
@@ -458,12 +459,42 @@ def compare(cfg: DictConfig) -> None:
     print(f"summary: {cfg.run_dir}/summary.md")
 
 
+@entry("benchmark")
+def benchmark(cfg: DictConfig) -> None:
+    """Measure size, speed and memory of models."""
+    import torch
+
+    from bisenet import benchmark as measuring
+    from bisenet import checkpoint
+
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    options: Any = OmegaConf.to_container(cfg, resolve=True)
+    models: dict[str, Any] = {}
+    for name in options["models"]:
+        if Path(conf_dir(), "model", f"{name}.yaml").is_file():
+            node = hydra.compose("train", [f"model={name}"]).model.network
+            models[name] = hydra.utils.instantiate(node, n_classes=cfg.n_classes, _convert_="all"), None
+        else:
+            file = Path(name, "results.json")
+            protocols = json.loads(file.read_text())["protocols"] if file.is_file() else {}
+            models[name] = (
+                checkpoint.read(name).segmenter().network,
+                next((p["miou"] for p in protocols.values()), None),
+            )
+    on_gpu = cfg.accelerator == "gpu" or (cfg.accelerator == "auto" and torch.cuda.is_available())
+    keys = ("sizes", "batches", "precisions", "runtimes", "processing", "warmup", "runs")
+    found = measuring.benchmark(models, device="cuda" if on_gpu else "cpu", **{key: options[key] for key in keys})
+    measuring.write(found, Path(cfg.run_dir))
+
+
 def train() -> None:
     """Train; where it was a multirun, end with the summary of its folder, whatever happened."""
     sweep.run(train_task)
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "compare": compare, "check-data": check_data}
+COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "compare": compare, "check-data": check_data,
+            "benchmark": benchmark}  # fmt: skip
 
 
 def main() -> None:

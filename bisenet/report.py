@@ -224,6 +224,28 @@ def plot_groups(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: 
     _save(figure, out)
 
 
+def plot_speed(rows: Sequence[Mapping[str, Any]], where: str, out: Path) -> None:
+    """Draw mIoU over images per second, a dot for each row of a benchmark whose ``miou`` is known, named at its right.
+
+    ``where`` says on what it was measured, and what was timed.
+    """
+    figure, ((axes,),) = _figure((8, 5), 1, 1)
+    axes.set(xlabel=f"images per second ({where})", ylabel="mIoU, %", xscale="log")
+    known = [row for row in rows if row["miou"] is not None]
+    names = list(dict.fromkeys(row["model"] for row in known))
+    for row in known:
+        x, y, colour = row["images_per_second"], 100 * row["miou"], _colour(names.index(row["model"]))
+        axes.plot(x, y, "o", color=colour, markersize=6)
+        text = "{size}, {batch}, {precision}, {runtime}".format_map(row)
+        axes.annotate(text, (x, y), (5, 5), textcoords="offset points", fontsize=7, rotation=30)
+    handles = [Patch(color=_colour(number), label=name) for number, name in enumerate(names)]
+    figure.legend(handles=handles, loc="outside upper left", frameon=False, fontsize=8.5)
+    axes.margins(0.15, 0.2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    _save(figure, out)
+
+
 def _class_figure(
     panels: Mapping[str, Mapping[str, np.ndarray]], classes: "ClassTable", shown: Sequence[int]
 ) -> tuple[Figure, Any]:
@@ -443,11 +465,17 @@ def provenance(seeds: Mapping[str, int]) -> dict[str, Any]:
         "dirty": None if status is None else bool(status),
         "versions": {"python": platform.python_version()}
         | {name: found.version for name in packages.split() for found in [*distributions(name=name)][:1]},
-        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                     "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-                     "cuda": torch.version.cuda},
+        "hardware": {"machine": platform.machine(), "cpu": _processor(), "cpu_cores": os.cpu_count(),
+                     "threads": torch.get_num_threads(), "cuda": torch.version.cuda,
+                     "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]},
         "seeds": dict(seeds),
     }  # fmt: skip
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor()
 
 
 # ---------------------------------------------------------------- results

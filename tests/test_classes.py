@@ -112,7 +112,9 @@ def test_colours_stand_for_classes_or_are_refused(table: ClassTable) -> None:
 
 
 def test_unknown_table_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"^classes: got 'citiscapes', accepted: ade20k \| camvid \| celebamask \| cityscapes"):
+    with pytest.raises(
+        ValueError, match=r"^classes: got 'citiscapes', accepted: ade20k \| camvid \| celebamask \| cityscapes"
+    ):
         ClassTable.load("citiscapes")
 
 

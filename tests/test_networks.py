@@ -335,7 +335,7 @@ def test_published_weights_for_face_parsing_load(tmp_path: Path) -> None:
     counters = {name.replace("running_var", "num_batches_tracked"): torch.tensor(7) for name in names if "_var" in name}
     torch.save(weights | counters, tmp_path / "79999_iter.pth")
     data: Any = OmegaConf.to_container(composed("data=celebamask").data)
-    model = checkpoint.load(tmp_path / "79999_iter.pth", data)
+    model = checkpoint.read(tmp_path / "79999_iter.pth", data).segmenter()
     expected = BiSeNetV1(19, structure="one_path", generation="older").eval()
     expected.load_state_dict(weights | counters)
     image = images(1, 64, 64)

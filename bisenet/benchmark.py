@@ -1,0 +1,227 @@
+"""How fast is a network? Size, latency, throughput and memory over models, image sizes, batches, precisions, runtimes.
+
+Timed is the network alone, from normalised images on the device to logits at the stride of its main head. With
+``processing`` it is also what makes a mask of a camera's image: transfer, normalisation, upsampling, argmax.
+"""
+
+import csv
+import ctypes
+import gc
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.flop_counter import FlopCounterMode
+
+from bisenet import report
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Run = Callable[[Tensor], Tensor]
+"""Normalised images (B, 3, H, W) -> logits of the main head."""
+
+
+def _eager(network: nn.Module, image: Tensor) -> Run:
+    return lambda given: network(given)[0]
+
+
+def _folded(network: nn.Module, image: Tensor) -> Run:
+    expected: Tensor = network(image)[0]
+    for module in list(network.modules()):
+        children = list(module.named_children())
+        for (first, conv), (second, norm) in pairwise(children):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, first, fuse_conv_bn_eval(conv, norm))
+                setattr(module, second, nn.Identity())
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run = _eager(network, image)
+    error = (run(image) - expected).abs().max() / expected.abs().max()
+    if not error < (1e-3 if image.dtype == torch.float32 else 0.1):  # a network of one's own may be ordered otherwise
+        raise ValueError(f"batch norm cannot be folded into the layers before: logits differ by {error:.1%}")
+    return lambda given: run(given.contiguous(memory_format=torch.channels_last))
+
+
+def _compiled(network: nn.Module, image: Tensor) -> Run:
+    compiled: Any = torch.compile(network)
+    return lambda given: compiled(given)[0]
+
+
+RUNTIMES: dict[str, Callable[[nn.Module, Tensor], Run]] = {"eager": _eager, "folded": _folded, "compiled": _compiled}
+"""Name -> what prepares a network in evaluation mode for images like the one given: ``folded`` has its batch norms in
+the convolutions and ``channels_last``, ``compiled`` is torch.compile's.
+"""
+
+
+def benchmark(
+    models: Mapping[str, tuple[nn.Module, float | None]],
+    *,
+    sizes: Sequence[tuple[int, int]],
+    batches: Sequence[int],
+    precisions: Sequence[str],
+    runtimes: Sequence[str],
+    device: str,
+    processing: bool = False,
+    warmup: int = 5,
+    runs: int = 30,
+) -> dict[str, Any]:
+    """Time every combination, each from a copy of its network.
+
+    Args:
+        models: name -> network, and its mIoU in [0, 1] if it is known.
+        sizes: height and width of the images, at least 64.
+        batches: images in a run.
+        precisions: of weights and images, keys of :data:`PRECISIONS`.
+        runtimes: keys of :data:`RUNTIMES`.
+        device: where the networks run, ``cpu`` or ``cuda``.
+        processing: time transfer, normalisation, upsampling and argmax as well.
+        warmup: runs before the clock starts.
+        runs: that are timed, one by one, each until the device is done.
+
+    Returns:
+        Plain data: ``rows``, what was not measured (``failed``: where -> why) and the ``provenance``.
+
+    Raises:
+        ValueError: an argument that is not accepted.
+    """
+    for key, given, accepted in (("precisions", precisions, PRECISIONS), ("runtimes", runtimes, RUNTIMES)):
+        if unknown := [name for name in given if name not in accepted]:
+            raise ValueError(f"{key}: got {unknown[0]!r}, accepted: {', '.join(accepted)}")
+    if min(runs, *batches, *(length // 64 for size in sizes for length in size)) < 1:
+        raise ValueError(f"sizes, batches, runs: got {sizes}, {batches}, {runs}, accepted: at least 64, 1 and 1")
+    rows: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    facts = {(name, *size): describe(models[name][0], size) for name in models for size in sizes}
+    combinations = list(product(models, sizes, batches, precisions, runtimes))
+    for name, size, batch, precision, runtime in track(combinations, "measuring", console=Console(stderr=True)):
+        network, miou = models[name]
+        row = {"model": name, "size": f"{size[0]}x{size[1]}", "batch": batch, "precision": precision,
+               "runtime": runtime} | facts[name, *size]  # fmt: skip
+        try:
+            measured = _measure(network, size, batch, precision, runtime, device, processing, warmup, runs)
+        except Exception as error:  # a runtime fails in any way, and costs the others nothing
+            where = ", ".join(str(row[key]) for key in ("model", "size", "batch", "precision", "runtime"))
+            failed[where] = " ".join(str(error).split())[:200] or type(error).__name__
+            log.warning("%s failed: %s", where, failed[where])
+        else:
+            rows.append(row | measured | {"miou": miou})
+    scope = "transfer, normalisation, network, upsampling, argmax" if processing else "network alone"
+    return {"rows": rows, "failed": failed, "device": device, "timed": scope, "provenance": report.provenance({})}
+
+
+def describe(network: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
+    """Parameters of training and of inference (without auxiliary heads), and multiply-adds of an image in 10^9."""
+    auxiliary = tuple(f"{head}." for head in getattr(network, "head_names", ())[1:])
+    counts = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    with FlopCounterMode(display=False) as counter:
+        deepcopy(network).to("meta").eval()(torch.empty(1, 3, *size, device="meta"))
+    inference = sum(count for name, count in counts.items() if not name.startswith(auxiliary))
+    return {"parameters_training": sum(counts.values()), "parameters": inference,
+            "gmacs": counter.get_total_flops() / 2e9}  # fmt: skip
+
+
+@torch.inference_mode()
+def _measure(
+    network: nn.Module, size: tuple[int, int], batch: int, precision: str, runtime: str, device: str,
+    processing: bool, warmup: int, runs: int,
+) -> dict[str, Any]:  # fmt: skip
+    def once() -> None:
+        given = image
+        if processing:
+            given = (raw.to(device).to(dtype) / 255 - 0.5) / 0.25
+        logits = run(given)
+        if processing:
+            F.interpolate(logits.float(), size, mode="bilinear").argmax(1).cpu()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    dtype = PRECISIONS[precision]
+    raw = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
+    image = ((raw / 255 - 0.5) / 0.25).to(device, dtype)
+    run = RUNTIMES[runtime](deepcopy(network).to(device, dtype).eval(), image)
+    before = _memory(device, reset=True)
+    for _ in range(warmup):
+        once()
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        once()
+        seconds.append(time.perf_counter() - start)
+    after = _memory(device)
+    median, p90, p99 = np.percentile(seconds, [50, 90, 99]).tolist()
+    return {"median_ms": 1e3 * median, "p90_ms": 1e3 * p90, "p99_ms": 1e3 * p99, "images_per_second": batch / median,
+            "peak_mib": None if before is None or after is None else (after - before) / 2**20}  # fmt: skip
+
+
+def _memory(device: str, reset: bool = False) -> float | None:
+    """Bytes in use (``reset``), or the most that were since; on a CPU those of the process, where Linux tells."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats() if reset else None
+        return torch.cuda.memory_allocated() if reset else torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # else what earlier runs gave back counts as in use
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except (OSError, AttributeError, TypeError):  # no Linux, or another C library
+        return None
+    key = "VmRSS:" if reset else "VmHWM:"
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith(key)), None)
+
+
+# ---------------------------------------------------------------- for people
+
+_SIZES = {"model": "model", "size": "size", "parameters_training": "parameters\ntraining",
+          "parameters": "parameters\ninference", "gmacs": "GMACs", "miou": "mIoU, %"}  # fmt: skip
+_SPEEDS = {"batch": "batch", "size": "size", "precision": "preci-\nsion", "runtime": "runtime",
+           "median_ms": "median\nms", "p90_ms": "p90\nms", "p99_ms": "p99\nms", "images_per_second": "images\nper s",
+           "peak_mib": "peak\nMiB"}  # fmt: skip
+
+
+def write(found: Mapping[str, Any], folder: Path) -> None:
+    """Write ``benchmark.json`` and ``benchmark.csv``, and ``benchmark.png`` where an mIoU is known; print the table."""
+    rows, versions, hardware = found["rows"], found["provenance"]["versions"], found["provenance"]["hardware"]
+    report.write_json(folder / "benchmark.json", found)
+    if rows:
+        with (folder / "benchmark.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    if any(row["miou"] is not None for row in rows):
+        report.plot_speed(rows, f"{found['device']}, {found['timed']}", folder / "benchmark.png")
+    console = Console()
+    models = dict.fromkeys(row["model"] for row in rows)
+    for titles, name in ((_SIZES, None), *((_SPEEDS, name) for name in models)):
+        table = Table(title=name, title_justify="left", pad_edge=False)
+        for key, title in titles.items():
+            number = bool(rows) and not isinstance(rows[0][key], str)
+            table.add_column(title, justify="right" if number else "left", no_wrap=key != "model", overflow="fold")
+        shown = [row for row in rows if name in (None, row["model"])]
+        for cells in dict.fromkeys(tuple(_cell(key, row[key]) for key in titles) for row in shown):
+            table.add_row(*cells)
+        console.print(table)
+    machine = hardware["gpus"][0] if found["device"] == "cuda" else f"{hardware['cpu']}, {hardware['threads']} threads"
+    console.print(f"{found['timed']} on {machine}; torch {versions['torch']}", markup=False, highlight=False)
+    for where, reason in found["failed"].items():
+        console.print(f"failed: {where}: {reason}", markup=False, highlight=False)
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "miou":
+        return report.percent(value)
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:,d}" if isinstance(value, int) else f"{value:.0f}" if value >= 1000 else f"{value:.1f}"

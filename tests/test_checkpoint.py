@@ -259,20 +259,20 @@ def test_the_data_set_of_a_file_is_plain(data: Any, message: str, file: Path) ->
 
 
 def test_a_run_that_is_resumed_names_only_what_is_known_or_trusted(tmp_path: Path, monkeypatch: Any) -> None:
-    (tmp_path / "mynet.py").write_text("from torch.hub import load\ndef make(): pass\nclass Net: pass\n")
+    (tmp_path / "ournet.py").write_text("from torch.hub import load\ndef make(): pass\nclass Net: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     stored = OmegaConf.to_container(composed("logger=[csv,wandb]", "experiment=camvid"), resolve=False)
     stored = {**stored, "optimizer": {"_target_": "torch.optim.Adam"}}  # type: ignore[dict-item]
     require_known(stored)
-    foreign = ["torch.hub.load", "bisenet.launch.run", "hydra.utils.get_method", "mynet.Net", "mynet.make",
+    foreign = ["torch.hub.load", "bisenet.launch.run", "hydra.utils.get_method", "ournet.Net", "ournet.make",
                "torch.optim.lr_scheduler.warnings.warn", "${oc.env:HOME}", 3]  # fmt: skip
     nodes = [{"_target_": name} for name in foreign] + [{"a": "${oc.env:HOME}"}, {"a": "x${${b}:HOME}"}]
     for node in nodes:
         with pytest.raises(ValueError, match=r"^_target_: got .*, accepted: what conf/ names; .* trust="):
             require_known({**stored, "callbacks": {"mine": [{"deep": node}]}})
-    require_known([nodes[3], nodes[4], nodes[-2]], trust=["mynet", "oc.env"])
-    with pytest.raises(ValueError, match=r"got mynet\.load, accepted: what is defined in what is trusted"):
-        require_known({"_target_": "mynet.load"}, trust=["mynet"])
+    require_known([nodes[3], nodes[4], nodes[-2]], trust=["ournet", "oc.env"])
+    with pytest.raises(ValueError, match=r"got ournet\.load, accepted: what is defined in what is trusted"):
+        require_known({"_target_": "ournet.load"}, trust=["ournet"])
 
 
 def test_one_flipped_bit_is_noticed(file: Path) -> None:

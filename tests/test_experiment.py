@@ -270,7 +270,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
     assert killed.returncode == -signal.SIGKILL
     run = tmp_path / "run"
     assert not (run / "results.json").exists()
-    done = script("train.py", f"resume={run}", cwd=tmp_path)
+    done = script("train.py", f"resume={run}", "trust=[kill]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
     require_same_run(run, finished)
@@ -328,7 +328,7 @@ def test_a_killed_run_continues_with_everything_switched_on(
     killed = train(tmp_path, "run", *overrides, KILL_AT=kill_at)
     assert killed.returncode == -signal.SIGKILL
     run = tmp_path / "run"
-    done = script("train.py", f"resume={run}", cwd=tmp_path)
+    done = script("train.py", f"resume={run}", "trust=[kill]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     require_same_run(run, finished)
     ids = {file.stem for file in run.glob("wandb/offline-run-*/*.wandb")}
@@ -355,7 +355,7 @@ def test_resuming_a_finished_run_shows_it_and_changes_nothing(finished: Path) ->
         return {p: p.stat().st_mtime_ns for p in finished.rglob("*.*") if p.is_file() and p.suffix != ".log"}
 
     before = files()
-    done = script("train.py", f"resume={finished}", cwd=finished.parent)
+    done = script("train.py", f"resume={finished}", "trust=[kill]", cwd=finished.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "finished already" in done.stdout
     assert before.items() <= files().items()
@@ -446,7 +446,7 @@ def test_a_new_run_takes_up_the_training_of_another(unevaluated: tuple[Path, lis
 def test_one_process_at_a_time_works_in_a_directory(finished: Path, scenes: list[str], tmp_path: Path) -> None:
     owner = f"in use by process {os.getpid()} on {socket.gethostname()}"
     with launch.alone_in(finished):
-        for command in (["train.py", f"resume={finished}"], ["train.py", f"hydra.run.dir={finished}"],
+        for command in (["train.py", f"resume={finished}", "trust=[kill]"], ["train.py", f"hydra.run.dir={finished}"],
                         ["evaluate.py", "checkpoint=x", f"hydra.run.dir={finished}"]):  # fmt: skip
             refused = script(*command, cwd=tmp_path)
             assert refused.returncode == 1

@@ -1,6 +1,7 @@
 """The command line: every shipped option composes and builds, every mistake is named before anything expensive."""
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import composed
+from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
-from bisenet import cli, conf_dir, experiment
+from bisenet import cli, conf_dir, experiment, launch, report
+from bisenet.data import SegmentationDataModule
 
 ROOT = Path(__file__).parents[1]
 CONF = Path(conf_dir())
@@ -269,3 +272,74 @@ def test_resuming_takes_the_stored_configuration_and_names_what_may_not_change(t
     assert "ValueError: resume: trainer.max_steps may not change; accepted beside resume: data.root" in done.stderr
     done = bisenet("train", "resume=run", "hydra.run.dir=elsewhere", cwd=tmp_path)
     assert "where the run that is resumed lies" in done.stderr
+
+
+def test_runs_of_the_same_second_have_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = set()
+    for _ in range(3):
+        folders.add(folder := cli.new_run_dir(None, "x"))
+        Path(folder).mkdir(parents=True)
+    assert len(folders) == 3
+
+
+class Built(BaseException):
+    """Ends a command where its training would begin."""
+
+
+def built(*_: Any, **__: Any) -> None:
+    raise Built
+
+
+VALUES = ["null", "-1", "0", "1", "2.5", "1000000000", "1e40", "nan", "-inf", "true", "on", "[]", "[1,2]", "[null,a]",
+          "{a: 1}", "''", "'ü\\'\"='", "a b", "${nothing}", "${seed", "../x", "x" * 300, "auto", "cpu", "$", "ü", "{_target_: os.getcwd}",
+          "{_target_: no.thing}", "1,2", "???"]  # fmt: skip
+
+
+def random_override(draw: random.Random, nodes: list[str]) -> str:
+    key, value = draw.choice(nodes), draw.choice(VALUES)
+    name = list(key)
+    name.insert(draw.randrange(len(name)), draw.choice("aéz_.@-/ "))
+    group, option = draw.choice(OPTIONS).split("=")
+    return draw.choice(
+        [f"{key}={value}"] * 8
+        + [f"{''.join(name)}={value}", f"~{key}", f"~{key}={value}", f"+{key}={value}", f"++{key}={value}",
+           f"+{key}.extra={value}", f"++{key}.extra={value}", f"{group}={option}", f"{group}=[{option}]", f"{group}={value}",
+           f"~{group}", f"+{group}={option}", f"{group}@{key}={option}", "".join(draw.choices("abc=.[]{}~+,'$", k=6))]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_override_ends_in_one_line_or_in_what_builds(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nodes(node: Any, path: str = "") -> list[str]:
+        inner = node.items() if isinstance(node, dict) else ()
+        return [path] * bool(path) + [k for key, value in inner for k in nodes(value, f"{path}.{key}".lstrip("."))]
+
+    keys = nodes(OmegaConf.to_container(composed()))
+    draw = random.Random(seed)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "fit", built)
+    monkeypatch.setattr(launch, "run", built)
+    monkeypatch.setattr(SegmentationDataModule, "prepare_data", lambda self: None)
+    monkeypatch.setattr(SegmentationDataModule, "setup", lambda self: None)
+    monkeypatch.setattr(report, "provenance", dict)
+    wrong = []
+    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "model.network.width_multiplier=0.25", "trainer.accelerator=cpu"]
+    for number in range(20):
+        override = random_override(draw, keys)
+        monkeypatch.setattr(sys, "argv", ["bisenet train", *quiet, f"hydra.run.dir={number}", override])
+        started = time.perf_counter()
+        try:
+            cli.train_task()
+            wrong.append((override, "did nothing"))
+        except Built:
+            pass
+        except SystemExit as stop:
+            answer = str(stop)
+            if answer.count("\n") != 1 or len(answer) > 2500: wrong.append((override, answer))
+            print(f"{override[:60]:60} {answer.splitlines()[0][:300]}")
+        except BaseException as error:
+            wrong.append((override, f"{type(error).__name__}: {error}"))
+            if os.environ.get("TB"): import traceback; traceback.print_exc(limit=-4, file=sys.stdout)
+        print(round(time.perf_counter()-started,2))
+    assert not wrong, "\n".join(map(repr, wrong))

@@ -133,7 +133,7 @@ class Refused(BaseException):
 def _claim(cfg: DictConfig) -> None:
     resume, name = cfg.get("resume"), cfg.get("name", "run")
     by_time = "${now" in OmegaConf.to_container(cfg.hydra.run, resolve=False)["dir"]  # type: ignore[index,call-overload]
-    if not re.fullmatch(r"\w[\w+.-]*", name):
+    if isinstance(name, bool) or not re.fullmatch(r"\w[\w+.-]*", str(name)):  # YAML reads on as true
         raise ValueError(f"name: got {name!r}, accepted: letters, digits, '_', '+', '-' and '.'")
     if resume not in (None, "auto"):
         if not (Path(resume) / ".hydra" / "config.yaml").is_file():
@@ -312,7 +312,8 @@ def name_changed_presets(cfg: DictConfig) -> None:
         file = Path(conf_dir(), "protocol", f"{name}.yaml")
         content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False) if file.is_file() else {}
         preset = content.get(name, protocol)
-        changed = {key: value for key, value in protocol.items() if preset.get(key) != value}
+        node, preset = (one if isinstance(one, dict) else {} for one in (protocol, preset))
+        changed = {key: value for key, value in node.items() if preset.get(key) != value}
         named["-".join([str(name), *(f"{key}-{spelled(value)}" for key, value in changed.items())])] = protocol
     with open_dict(cfg):
         cfg.protocol = named

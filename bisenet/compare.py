@@ -119,9 +119,12 @@ def compare(
             name, population = _label(run.group), _population(run, protocol)
             group = protocols.setdefault(protocol, {}).setdefault(name, _Group(population))
             if unlike := _unlike(group.population, population):
+                first = next(iter(group.runs.values()))
+                apart = [key for key, value in run.ungrouped.items() if first.ungrouped[key] != value]
                 raise ValueError(
-                    f"runs: {next(iter(group.runs))} and {run.name} of the group {name!r} were scored {unlike} under "
-                    f"{protocol}; accepted: runs of one data set and one definition in a group, as with by=data"
+                    f"runs: {first.name} and {run.name} of the group {name!r} were scored {unlike} under "
+                    f"{protocol}; accepted: runs of one data set and one definition in a group, as with "
+                    f"by=[{','.join([*run.group, *(apart or ['data'])])}]"
                 )
             group.add(run.name, 100 * score, run.seeds, run)
             group.counts[run.name] = _read_counts(run, protocol) if metric == "miou" else None

@@ -42,17 +42,23 @@ log = logging.getLogger(__name__)
 
 
 def build(cfg: DictConfig, key: str, **passed: Any) -> Any:
-    """Build the node at a key, with what only the code has; a node without a ``_target_`` holds nodes by name.
+    """Build the node at a key, with what only the code has.
 
     Raises:
         ValueError: what the constructor refuses; the message begins with the key.
     """
-    node = OmegaConf.select(cfg, key)
-    if node is None:
-        return {}
+    return _build(OmegaConf.select(cfg, key), key, passed)
+
+
+def build_all(cfg: DictConfig, key: str) -> dict[str, Any]:
+    """Build the nodes by name that a key holds; as :func:`build`."""
+    return {name: _build(node, f"{key}.{name}", {}) for name, node in (OmegaConf.select(cfg, key) or {}).items()}
+
+
+def _build(node: Any, key: str, passed: dict[str, Any]) -> Any:
     with naming(key):
-        if "_target_" not in node:
-            return instantiate(node, _convert_="all")
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise ValueError(f"got {node}, accepted: a node with a _target_")
         make = instantiate(node, _convert_="all", _partial_=True)
         try:
             return make(**passed)
@@ -63,19 +69,24 @@ def build(cfg: DictConfig, key: str, **passed: Any) -> Any:
 
 @contextmanager
 def naming(key: str) -> Iterator[None]:
-    """What is refused within is refused as the value of a key of the configuration."""
+    """What is refused within is refused, in one line, as the value of a key of the configuration."""
     try:
         yield
-    except (InstantiationException, ValueError) as error:
+    except OSError:  # names its file
+        raise
+    except Exception as error:
         inner = re.search(r"full_key: (\S+)", str(error))
-        message = str(error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error)
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        message = re.sub(r" full_key: \S+", "", " ".join(str(cause).split()))
+        if not isinstance(cause, ValueError | InstantiationException):
+            message = f"{type(cause).__name__}: {message}"
         join = "." if re.match(r"[a-z_]+(\.[a-z_]+)?: ", message) else ": "  # a constructor names its argument
         raise ValueError(f"{inner[1] if inner else key}{join}{message}") from error
 
 
 def build_data(cfg: DictConfig) -> SegmentationDataModule:
     """The data set with its augmentation."""
-    return build(cfg, "data", augment=list(build(cfg, "augment").values()), seed=cfg.data_seed)
+    return build(cfg, "data", augment=list(build_all(cfg, "augment").values()), seed=cfg.data_seed)
 
 
 def build_segmenter(cfg: DictConfig, data: SegmentationDataModule) -> Segmenter:
@@ -85,7 +96,7 @@ def build_segmenter(cfg: DictConfig, data: SegmentationDataModule) -> Segmenter:
         network = build(cfg, "model.network", n_classes=data.table.num_classes)
     if missing := [name for name in ("head_names", "align_corners") if not hasattr(network, name)]:
         raise ValueError(f"model.network: {type(network).__name__} has no {missing}; see bisenet.networks.blocks")
-    protocols = build(cfg, "protocol")
+    protocols = build_all(cfg, "protocol")
     if not protocols:
         raise ValueError("protocol: got none, accepted: at least one, such as protocol=ss or protocol=[ss,mscf]")
     return Segmenter(network, data.table, data.mean, data.std, protocols, cfg.max_pixels_per_batch)
@@ -102,7 +113,7 @@ def build_module(cfg: DictConfig, data: SegmentationDataModule, segmenter: Segme
         raise ValueError(
             f"loss.criterion.class_weights: got {len(weights)} weights, accepted: one for each of {classes} classes"
         )
-    rules = build(cfg, "parameter_groups")
+    rules = build_all(cfg, "parameter_groups")
 
     def optimizer(network: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
         with naming("parameter_groups"):
@@ -123,7 +134,7 @@ def build_trainer(cfg: DictConfig, last: Path | None, *ours: Callback) -> Traine
 
     A checkpoint is what the run continues from.
     """
-    callbacks = [*ours, *build(cfg, "callbacks").values()]
+    callbacks = [*ours, *build_all(cfg, "callbacks").values()]
     for node in cfg.logger.values():
         if "purge_step" in node and last:  # TensorBoard
             node.purge_step = checkpoint.read(last).step
@@ -132,7 +143,7 @@ def build_trainer(cfg: DictConfig, last: Path | None, *ours: Callback) -> Traine
         cfg.trainer.sync_batchnorm = False
     passed: dict[str, Any] = {"num_sanity_val_steps": 0} if last else {}
     bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-    loggers = list(build(cfg, "logger").values()) or [DummyLogger()]  # callbacks may ask for one
+    loggers = list(build_all(cfg, "logger").values()) or [DummyLogger()]  # callbacks may ask for one
     return build(
         cfg,
         "trainer",
@@ -149,9 +160,9 @@ def cluster() -> ClusterEnvironment:
     return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else LightningEnvironment()
 
 
-def require_enough_images(cfg: DictConfig, network: nn.Module) -> None:
+def require_enough_images(cfg: DictConfig, network: nn.Module, processes: int) -> None:
     """Raise a ValueError if a network is to learn from one image at a time that cannot (batch norm)."""
-    parts = cfg.trainer.accumulate_grad_batches * cfg.trainer.num_nodes * max(1, int(cfg.trainer.devices))
+    parts = cfg.trainer.accumulate_grad_batches * processes
     if cfg.data.batch_size == parts and not cfg.trainer.sync_batchnorm:
         with naming("data.batch_size"), torch.no_grad():
             deepcopy(network).train()(torch.zeros(1, 3, 64, 64))
@@ -166,7 +177,8 @@ def load_weights(cfg: DictConfig, network: nn.Module) -> None:
         with naming("model.pretrained"):
             checkpoint.load_backbone(network, model.backbone, model.pretrained, model.pretrained_sha256)
     if cfg.finetune_from is not None:
-        checkpoint.finetune(network, cfg.finetune_from)
+        with naming("finetune_from"):
+            checkpoint.finetune(network, cfg.finetune_from)
 
 
 # ---------------------------------------------------------------- training
@@ -205,6 +217,7 @@ def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any
             raise ValueError(f"{key}: got {cfg[key]}, accepted: an integer in [0, 2**32)")
     run_dir.mkdir(parents=True, exist_ok=True)
     last = checkpoint.newest(run_dir) if cfg.resume is not None else None
+    from_labels = OmegaConf.select(cfg, "loss.criterion.class_weights") == "enet"
     data = build_data(cfg)
     segmenter = build_segmenter(cfg, data)
     module = build_module(cfg, data, segmenter)
@@ -213,7 +226,7 @@ def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any
     elif cfg.ckpt_path is not None:  # which brings these along, whatever the configuration says
         require_same_training(Path(cfg.ckpt_path), module, ["optimizer", "scheduler", "parameter_groups"])
     trainer = build_trainer(cfg, last, ending)
-    require_enough_images(cfg, segmenter.network)
+    require_enough_images(cfg, segmenter.network, trainer.world_size)
     if trainer.is_global_zero and last and (run_dir / "results.json").exists():
         log.warning("%s/results.json is damaged: the last checkpoint is evaluated again", run_dir)
         (run_dir / "results.json").unlink()
@@ -223,7 +236,7 @@ def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any
         load_weights(cfg, segmenter.network)
         data.prepare_data()
         data.setup()
-        if module.hparams["loss"].get("criterion", {}).get("class_weights") == "enet":
+        if from_labels:
             weights = enet_class_weights(data.class_counts(data.train_split))
             log.info("class weights: %s", dict(zip(data.table.names, weights, strict=True)))
             module.loss.criterion.class_weights.copy_(torch.tensor(weights))  # type: ignore
@@ -310,7 +323,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             )
         except TypeError as error:
             raise ValueError(f"{read.path}: data: {error}") from error
-    segmenter = read.segmenter(build(cfg, "protocol") or None, trust)
+    segmenter = read.segmenter(build_all(cfg, "protocol") or None, trust)
     if data.table.names != segmenter.classes.names:
         raise ValueError(
             f"data: has the classes {', '.join(data.table.names)}, the network of {read.path} those of "

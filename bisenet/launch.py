@@ -88,7 +88,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Coll
     there, here = dict(_leaves(before)), dict(_leaves(now))
     keys = [
         key for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and not any(f"{key}.".startswith(f"{node}.") for node in ignored)
+        if there.get(key) != here.get(key) and str(there.get(key)) != str(here.get(key))  # nan is not itself
+        and not any(f"{key}.".startswith(f"{node}.") for node in ignored)
     ]  # fmt: skip
     lines = [f"  {key}: {there.get(key, 'nothing')} there, {here.get(key, 'nothing')} now" for key in keys]
     return "\n".join([*lines, LONGER] if {"trainer.max_steps", "scheduler.total_steps"} & {*keys} else lines)

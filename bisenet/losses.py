@@ -142,6 +142,8 @@ class DeepSupervision(nn.Module):
         super().__init__()
         if not 0 <= aux_weight < math.inf:
             raise ValueError(f"aux_weight: got {aux_weight!r}, accepted: a finite number of at least 0")
+        if not callable(criterion):
+            raise ValueError(f"criterion: got {criterion!r}, accepted: (logits, target, align_corners) -> (loss, kept)")
         self.criterion = criterion
         self.aux_weight = aux_weight
 

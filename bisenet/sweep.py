@@ -116,7 +116,7 @@ def job_dir(override_dirname: str) -> str:
     lists = rf"(?<![^,])({'|'.join(_LISTS)})=\[([\w.,/-]*)\]"
     plain = re.sub(lists, lambda found: f"{found[1]}={found[2].replace(',', '+') or 'nothing'}", override_dirname)
     name = re.sub(r"[^\w=.,+-]", "-", plain)
-    if name != plain or len(name) > 200:  # file systems end at 255
+    if name != plain or len(name) > 200 or re.search("-[0-9a-f]{8}$", name):  # file systems end at 255
         name = f"{name[:190]}-{sha256(override_dirname.encode()).hexdigest()[:8]}"
     return name or "run"
 
@@ -321,7 +321,7 @@ class _Stored:
 
 def _varied(stored: Sequence[_Stored]) -> list[str]:
     """Keys that some run has overridden and that have different values in the end."""
-    ignored = {*_SEEDS, *_HARMLESS.difference(*(one.swept for one in stored))}
+    ignored = {*_SEEDS, *_HARMLESS.difference(["data.root"], *(one.swept for one in stored))}  # folds may lie apart
     asked = dict.fromkeys(key for one in stored for key in one.overrides if not _within(key, ignored))
     varied = [key for key in asked if len({one.text(key) for one in stored}) > 1]
     return varied or (["name"] if len({one.value("name") for one in stored}) > 1 else [])

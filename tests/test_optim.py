@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from bisenet.experiment import build
+from bisenet.experiment import build, build_all
 from bisenet.optim import GroupRule, WarmupConstant, WarmupCosine, WarmupPoly, parameter_groups
 
 # --- groups ----------------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def test_shipped_rules_split_the_networks_as_the_reference_does(overrides):
     cfg = composed(*overrides)
     with torch.device("meta"):
         network = build(cfg, "model.network", n_classes=19)
-    groups = parameter_groups(network, build(cfg, "parameter_groups"), lr=0.01, weight_decay=5e-4)
+    groups = parameter_groups(network, build_all(cfg, "parameter_groups"), lr=0.01, weight_decay=5e-4)
     sizes = {group["name"]: len(group["params"]) for group in groups}
     names = ("decay", "no_decay", "output_decay", "output_no_decay")
     assert tuple(sizes.get(name, 0) for name in names) == GOLDEN[overrides]

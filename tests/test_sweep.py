@@ -266,6 +266,24 @@ def test_repetitions_of_a_single_seed_are_reported(tmp_path: Path) -> None:
     assert expected in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.parametrize("mode", ["RUN", "RunMode.MULTIRUN"])
+def test_folds_are_no_repetitions(mode: str, tmp_path: Path) -> None:
+    for fold in ("a", "b"):
+        for seed in (1, 2):
+            fake(tmp_path / f"{fold},{seed}", f"data.root={fold}", f"seed={seed}", mode=mode, ss=70.0 + seed)
+    assert {name: g["n"] for name, g in compared(tmp_path)["protocols"]["ss"]["groups"].items()} == {"a": 2, "b": 2}
+    pooled = compared(tmp_path, ["model.name"])
+    assert pooled["notes"] == [
+        "x: its runs also differ in data.root (a, b): their spread is not of seeds alone"]  # fmt: skip
+
+
+def test_folds_of_other_images_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    for fold, images in (("a", 5), ("b", 6)):
+        fake(tmp_path / fold, f"data.root={fold}", ss=70.0, scored={"n_images": images})
+    with pytest.raises(ValueError, match=r"as with by=\[model\.name,data\.root\]"):
+        compared(tmp_path, ["model.name"])
+
+
 def test_data_and_initialisation_seeds_are_seeds(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         fake(tmp_path / f"data_seed={seed}", f"data_seed={seed}", ss=70.0 + seed)
@@ -399,7 +417,7 @@ def test_a_job_continues_only_with_its_own_configuration(tmp_path: Path, monkeyp
     assert "data.root" not in str(refused.value)
     with pytest.raises(ValueError, match="resume: got 'a' in a multirun"):
         sweep.job(composed("resume=a"))
-    (run / "results.json").touch()
+    (run / "results.json").write_text('{"split": "val", "protocols": {}}')
     assert sweep.job(composed("seed=1")) is None
 
 

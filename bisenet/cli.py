@@ -239,6 +239,8 @@ def refuse_misplaced(cfg: DictConfig, config_name: str) -> None:
         package = "trainer" if group in ("precision", "strategy") else "_global_"
         file = f"{group}/{node.runtime.choices.get(group) or '*'}.yaml"
         raise ValueError(f"{file} changes nothing, accepted: a file with the line '# @package {package}'")
+    if cfg.run_dir != node.runtime.output_dir:
+        raise ValueError(f"run_dir: got {cfg.run_dir}, accepted: hydra.run.dir={cfg.run_dir}, which it follows")
     if node.job.chdir:
         raise ValueError("hydra.job.chdir: got true, accepted: false; paths are relative to where the command starts")
     kept = str(node.output_subdir).startswith(".hydra") or Path(node.runtime.output_dir, ".hydra/config.yaml").exists()

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
@@ -52,7 +52,10 @@ def build(cfg: DictConfig, key: str, **passed: Any) -> Any:
 
 def build_all(cfg: DictConfig, key: str) -> dict[str, Any]:
     """Build the nodes by name that a key holds; as :func:`build`."""
-    return {name: _build(node, f"{key}.{name}", {}) for name, node in (OmegaConf.select(cfg, key) or {}).items()}
+    nodes = OmegaConf.select(cfg, key) or {}
+    if not isinstance(nodes, Mapping):
+        raise ValueError(f"{key}: got {nodes}, accepted: nodes by name")
+    return {name: _build(node, f"{key}.{name}", {}) for name, node in nodes.items()}
 
 
 def _build(node: Any, key: str, passed: dict[str, Any]) -> Any:
@@ -109,10 +112,8 @@ def build_module(cfg: DictConfig, data: SegmentationDataModule, segmenter: Segme
     classes = data.table.num_classes
     if weights == "enet":
         cfg.loss.criterion.class_weights = [1.0] * classes  # until the labels have been counted
-    elif weights is not None and len(weights) != classes:
-        raise ValueError(
-            f"loss.criterion.class_weights: got {len(weights)} weights, accepted: one for each of {classes} classes"
-        )
+    elif weights is not None and (not isinstance(weights, Sequence) or len(weights) != classes):
+        raise ValueError(f"loss.criterion.class_weights: got {weights}, accepted: one for each of {classes} classes")
     rules = build_all(cfg, "parameter_groups")
 
     def optimizer(network: nn.Module) -> tuple[torch.optim.Optimizer, Any]:

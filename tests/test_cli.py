@@ -109,7 +109,7 @@ def test_the_traceback_is_there_for_those_who_ask() -> None:
         (["model.output_layers=[heads]"], "parameter_groups.output_decay.layers: no layers ['heads']"),
         (["+trainer.max_stepz=3"], "trainer: lightning.pytorch.Trainer"),
         (["callbacks.last.every_n_steps=0"], "callbacks.last.every_n_steps: got 0"),
-        (["loss.criterion.class_weights=[1,2]"], "loss.criterion.class_weights: got 2 weights"),
+        (["loss.criterion.class_weights=[1,2]"], "loss.criterion.class_weights: got [1, 2]"),
         (["protocol=[]"], "protocol: got none"),
         (["callbacks=[]", "debug=fast"], "callbacks.last: got {'every_n_steps': 2}, accepted: a node with a _target_"),
         (["protocol.ss=x"], "protocol.ss: got x, accepted: a node with a _target_"),

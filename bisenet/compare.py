@@ -119,10 +119,10 @@ def compare(
             name, population = _label(run.group), _population(run, protocol)
             group = protocols.setdefault(protocol, {}).setdefault(name, _Group(population))
             if unlike := _unlike(group.population, population):
-                other = next(iter(group.runs.values())).ungrouped
-                apart = [key for key, value in run.ungrouped.items() if other[key] != value]
+                first = next(iter(group.runs.values()))
+                apart = [key for key, value in run.ungrouped.items() if first.ungrouped[key] != value]
                 raise ValueError(
-                    f"runs: {next(iter(group.runs))} and {run.name} of the group {name!r} were scored {unlike} under "
+                    f"runs: {first.name} and {run.name} of the group {name!r} were scored {unlike} under "
                     f"{protocol}; accepted: runs of one data set and one definition in a group, as with "
                     f"by=[{','.join([*run.group, *(apart or ['data'])])}]"
                 )

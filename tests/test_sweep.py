@@ -417,7 +417,7 @@ def test_a_job_continues_only_with_its_own_configuration(tmp_path: Path, monkeyp
     assert "data.root" not in str(refused.value)
     with pytest.raises(ValueError, match="resume: got 'a' in a multirun"):
         sweep.job(composed("resume=a"))
-    (run / "results.json").touch()
+    (run / "results.json").write_text('{"split": "val", "protocols": {}}')
     assert sweep.job(composed("seed=1")) is None
 
 

@@ -7,6 +7,7 @@ networks name their weights as it does, in both generations, so that the names t
 
 import hashlib
 import importlib
+import json
 import logging
 import os
 import re
@@ -21,11 +22,14 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bisenet.classes import ClassTable
 from bisenet.inference import Protocol, Segmenter
+from bisenet.runtimes import READERS, Exported, RuntimeNetwork, open_file
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,8 @@ DATASETS = tuple(f"bisenet.data.{name}" for name in ("Cityscapes", "CamVid", "Li
 """Classes that a file may name as its data set."""
 LARGEST_FILE = 16 * 2**30
 """Bytes; a larger file is not read."""
+LARGEST_CONFIG = 2**20
+"""Bytes of the ``config.json`` of a model folder."""
 
 _WEIGHTS = "segmenter.network."  # before each name in the state dict of our checkpoints
 _PARALLEL = "module."  # what DataParallel and its kin put before every name
@@ -83,8 +89,26 @@ class Checkpoint:
             with torch.random.fork_rng(devices=[]):  # the caller's generators are not ours
                 network = build(self.network, trust, n_classes=n_classes)
             network.load_state_dict(self.weights)
-            chosen = protocols or {name: Protocol(**fields) for name, fields in self.protocols.items()}
-            return Segmenter(network, self.classes, self.data["mean"], self.data["std"], chosen).eval()
+            return self._around(network, protocols)
+        except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{self.path}: {' '.join(str(error).split())}") from error
+
+    def _around(self, network: nn.Module, protocols: Mapping[str, Protocol] | None) -> Segmenter:
+        chosen = protocols or {name: Protocol(**fields) for name, fields in self.protocols.items()}
+        return Segmenter(network, self.classes, self.data["mean"], self.data["std"], chosen).eval()
+
+
+@dataclass(frozen=True)
+class ExportedCheckpoint(Checkpoint):
+    """A file that ``bisenet export`` wrote, whose runtime takes the place of the network."""
+
+    exported: Exported
+
+    def segmenter(self, protocols: Mapping[str, Protocol] | None = None, trust: Sequence[str] = ()) -> Segmenter:
+        """As of any checkpoint; there is nothing to trust."""
+        try:
+            normalization = (list(self.data[key]) for key in ("mean", "std"))
+            return self._around(RuntimeNetwork(self.exported, self.classes.num_classes, *normalization), protocols)
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{self.path}: {' '.join(str(error).split())}") from error
 
@@ -129,10 +153,11 @@ def load(
 
 
 def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Read a run directory (its ``checkpoints/last.ckpt``), a checkpoint of ours, or weights of the reference.
+    """Read what has been trained, of any kind.
 
     Args:
-        path: directory or file.
+        path: a run directory (its ``checkpoints/last.ckpt``), a checkpoint of ours, weights of the reference, an
+            exported file (``.onnx``, ``.xml``, ``.param``), or a folder of ``config.json`` and ``model.safetensors``.
         data: for weights of the reference, the data set that they were trained on: ``classes`` (a table, its name or
             its path), ``mean`` and ``std``, ``eval_short_side`` if there is one. Older BiSeNetV1 was always normalised
             as ImageNet, whatever ``data`` says. A checkpoint of ours takes none.
@@ -141,7 +166,8 @@ def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Ch
         FileNotFoundError: no such file.
         ValueError: a file that is neither, or damaged; ``data`` missing, not needed or with other classes.
     """
-    file, content = _read_content(path)
+    exported = open_file(path) if Path(path).suffix in READERS else None
+    file, content = (exported.path, {**exported.facts, "state_dict": {}}) if exported else _read_content(path)
     if not _is_ours(content):
         return _complete(file, content, data)
     if data is not None:
@@ -154,20 +180,36 @@ def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Ch
             raise ValueError(f"format {entry['format']} is of a later version of bisenet")
         classes, step = ClassTable.from_dict(entry["classes"]), content["global_step"]
         network, facts, protocols = (dict(entry[key]) for key in ("network", "data", "protocols"))
-        weights = _own_weights(content)
-        return Checkpoint(file, network, classes, facts, protocols, step, weights, dict(hyper_parameters))
+        parts = file, network, classes, facts, protocols, step, _own_weights(content), dict(hyper_parameters)
+        return ExportedCheckpoint(*parts, exported) if exported else Checkpoint(*parts)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is a damaged checkpoint of bisenet: {error!r}") from error
 
 
 def _read_content(path: str | PathLike[str]) -> tuple[Path, Any]:
     path = Path(path).expanduser()
+    if (path / "config.json").is_file():
+        return _read_folder(path)
     file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
             f"checkpoint: no file {file}; accepted: a .ckpt or .pth file, or a run directory with checkpoints/last.ckpt"
         )
     return file, read_tensors(file)
+
+
+def _read_folder(folder: Path) -> tuple[Path, Any]:
+    """A model folder by the hub's conventions, as what a checkpoint holds."""
+    file, config = folder / "model.safetensors", folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"checkpoint: no file {file}, which belongs to {config}")
+    try:
+        if config.stat().st_size > LARGEST_CONFIG or file.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"accepted: a config.json of at most {LARGEST_CONFIG} bytes, weights of {LARGEST_FILE}")
+        state = {_WEIGHTS + name: tensor for name, tensor in load_file(file).items()}
+        return file, {**json.loads(config.read_text(encoding="utf-8")), "state_dict": state}
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is a damaged model folder: {error}") from error
 
 
 def _is_ours(content: Any) -> bool:

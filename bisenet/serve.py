@@ -5,6 +5,7 @@ there are, ``GET /health`` whether it is ready. A request names no path and no U
 """
 
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -159,7 +160,7 @@ _HEADERS = {"Content-Security-Policy": "default-src 'self'; script-src 'unsafe-i
 
 
 def serve(server: litserve.LitServer, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Run until Ctrl-C.
+    """Run until Ctrl-C or SIGTERM, and end the processes that were started.
 
     Raises:
         ValueError: another host than :data:`HOSTS`, or a port outside [1024, 65535].
@@ -168,4 +169,5 @@ def serve(server: litserve.LitServer, host: str = "127.0.0.1", port: int = 8000)
         raise ValueError(f"host: got {host!r}, accepted: {' | '.join(HOSTS)}")
     if not 1024 <= port <= 65535:
         raise ValueError(f"port: got {port}, accepted: 1024 to 65535")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else its workers would live on
     server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")

@@ -223,6 +223,17 @@ def spoil(folder: Path, kind: str) -> Path:
 
         onnx.save(onnx.parser.parse_model('<ir_version: 9, opset_import: ["": 17]> g (float[1] x) => (float[1] y) '
                                           "{ y = Identity(x) }"), file)  # fmt: skip
+    elif kind == "outside":  # weights that lie elsewhere on the reader's disk
+        import onnx
+
+        model = onnx.load(file)
+        weights = model.graph.initializer[0]
+        weights.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in {"location": "../secret", "length": str(len(weights.raw_data))}.items():
+            weights.external_data.add(key=key, value=value)
+        (folder.parent / "secret").write_bytes(weights.raw_data)
+        weights.ClearField("raw_data")
+        file.write_bytes(model.SerializeToString())
     elif kind == "weights":
         file = folder / "model.xml"
         (folder / "model.bin").write_bytes(b"")
@@ -240,7 +251,7 @@ def spoil(folder: Path, kind: str) -> Path:
     return file
 
 
-@pytest.mark.parametrize("kind", ["bytes", "foreign", "weights", "missing", "param", "facts"])
+@pytest.mark.parametrize("kind", ["bytes", "foreign", "outside", "weights", "missing", "param", "facts"])
 def test_a_damaged_or_foreign_file_is_named(exported: Path, tmp_path: Path, kind: str) -> None:
     for file in exported.glob("model.*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -75,11 +75,10 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
             time.sleep(0.2)
         yield address
     finally:
-        process.send_signal(2)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        process.terminate()
+        process.wait(120)
+        with pytest.raises(URLError):  # nobody is left
+            get(address)
 
 
 def get(url: str, body: bytes | None = None) -> tuple[int, bytes]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -211,6 +210,7 @@ class _Work:
     ) -> None:
         self.options, self.read, self.segmenter, self.hyper_parameters = options, read, segmenter, hyper_parameters
         self.images = images or [render_scene(0, "val", number, (256, 512))[0] for number in range(2)]
+        self.made: dict[tuple[str, str, bool], Any] = {}  # what several formats begin with
         self.calibrated = len(images) > 0
         self.source = read.path.parent if read.path.suffix == ".safetensors" else read.path
         self.commit = report.provenance({})["commit"]
@@ -298,23 +298,21 @@ class _Work:
             )
         return {"equal_labels": share} | ({} if output == "mask" else {f"largest_difference_of_{output}": largest})
 
-    @cached_property
-    def _programs(self) -> dict[tuple[str, bool], Any]:
-        return {}
-
     def program(self, kind: str, half: bool) -> Any:
         """The graph, by torch.export."""
-        if (key := (self.output(kind), half)) not in self._programs:
+        if (key := ("program", self.output(kind), half)) not in self.made:
             options, dynamic = self.options, torch.export.Dim.DYNAMIC
             shape = options.batch or 2, 3, *(options.size or (96, 160))
             free = ({} if options.batch else {0: dynamic}) | ({} if options.size else {2: dynamic, 3: dynamic})
-            self._programs[key] = torch.export.export(
+            self.made[key] = torch.export.export(
                 self.deployed(kind, half), (torch.zeros(shape),), dynamic_shapes=(free or None,)
             )
-        return self._programs[key]
+        return self.made[key]
 
-    def onnx(self, kind: str, half: bool) -> Any:
-        """The model of the package ``onnx``."""
+    def onnx(self, kind: str, half: bool) -> bytes:
+        """The graph in ONNX."""
+        if (key := ("onnx", self.output(kind), half)) in self.made:
+            return self.made[key]
         for module in ("onnx", "onnxscript", "onnxruntime"):
             runtimes.import_extra(module, "export")
         for name in ("onnx_ir", "onnxscript", "torch.onnx"):
@@ -324,7 +322,8 @@ class _Work:
             external_data=False, verbose=False,
         )  # fmt: skip
         assert program is not None
-        return program.model_proto
+        self.made[key] = program.model_proto.SerializeToString()
+        return self.made[key]
 
     def quantized(self, model: Any, wrap: Callable[[np.ndarray], Any]) -> Any:
         """A model of ONNX or OpenVINO in int8, calibrated on the training's images."""
@@ -343,17 +342,17 @@ class _Work:
     # ------------------------------------------------------------ formats
 
     def _onnx(self, file: Path) -> dict[str, Any]:
-        model = self.onnx("onnx", self.options.precision == "fp16")
+        onnx = runtimes.import_extra("onnx", "export")
+        model = onnx.load_from_string(self.onnx("onnx", self.options.precision == "fp16"))
         if self.options.precision == "int8":
             model = self.quantized(model, lambda batch: {"image": batch})
-        onnx = runtimes.import_extra("onnx", "export")
         onnx.helper.set_model_props(model, {runtimes.KEY: self.facts("onnx")})
         onnx.save(model, file)
         return self.compare("onnx", runtimes.open_file(file).run)
 
     def _openvino(self, file: Path, _weights: Path) -> dict[str, Any]:
         openvino = runtimes.import_extra("openvino", "export")
-        model = openvino.Core().read_model(self.onnx("openvino", half=False).SerializeToString())
+        model = openvino.Core().read_model(self.onnx("openvino", half=False))
         if self.options.precision == "int8":
             model = self.quantized(model, lambda batch: batch)
         model.set_rt_info(self.facts("openvino"), runtimes.KEY)

@@ -127,6 +127,7 @@ def _ncnn(ncnn: Any, path: Path, threads: int) -> tuple[str, Run]:
         raise ValueError("no network in its .param, or not its weights in its .bin")
 
     def run_one(image: np.ndarray) -> np.ndarray:
+        image = np.ascontiguousarray(image)  # a Mat takes the memory as if it were, and does not keep it
         extractor = net.create_extractor()
         extractor.input("in0", ncnn.Mat(image))
         return np.array(extractor.extract("out0")[1])

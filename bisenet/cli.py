@@ -337,7 +337,7 @@ def export(cfg: DictConfig) -> None:
     """Write a model for other runtimes (ONNX, OpenVINO, ncnn, TensorRT), or as a model folder."""
     from bisenet.export import Export
 
-    options = {key: cfg[key] for key in ("output", "normalization", "precision", "batch", "size", "least_agreement",
+    options = {key: cfg[key] for key in ("output", "normalization", "dtype", "batch", "size", "least_agreement",
                                          "license", "push")}  # fmt: skip
     exporter = Export(cfg.format, Path(cfg.folder or cfg.run_dir), **options)
     from bisenet import checkpoint, experiment
@@ -345,7 +345,7 @@ def export(cfg: DictConfig) -> None:
     given: Any = None if cfg.data is None else OmegaConf.to_container(cfg.data, resolve=True)
     read = checkpoint.read(cfg.checkpoint, given)
     images = []
-    if cfg.precision == "int8":
+    if cfg.dtype == "int8":
         data = experiment.data_of(cfg, read, given)
         images = [image for image, _ in data.examples(data.train_split, cfg.images)]
     exporter.run(read, read.segmenter(None, list(cfg.trust)), read.hyper_parameters or {"data": given}, images)

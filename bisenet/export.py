@@ -39,8 +39,8 @@ FILES = {
 }
 """Formats of a runtime, and the suffixes of their files."""
 FORMATS = (*FILES, "folder", "reference")
-PRECISIONS = {"fp32": 0.999, "fp16": 0.99, "int8": 0.9}
-"""Precisions, and the least share of labels that must be the network's."""
+DTYPES = {"fp32": 0.999, "fp16": 0.99, "int8": 0.9}
+"""Numbers that files compute with, and the least share of labels that must be the network's."""
 SIZES = ((128, 256), (97, 131), (257, 193))
 """Height and width of the images that a file which takes any size is compared at."""
 
@@ -108,10 +108,10 @@ class Export:
         output: ``mask`` (train ids, uint8), ``logits`` or ``probabilities``, at the size of the image; None: a mask, of
             ncnn, which has no argmax, logits.
         normalization: ``inside``: the file takes raw RGB in [0, 255]; ``outside``: normalised images.
-        precision: ``fp32``, ``fp16``, or ``int8``, quantised after training (ONNX, OpenVINO).
+        dtype: ``fp32``, ``fp16``, or ``int8``, quantised after training (ONNX, OpenVINO).
         batch: images at a time; None: any number.
         size: (height, width) of the images; None: any.
-        least_agreement: share of labels that must be the network's, else a file is refused; None: by the precision.
+        least_agreement: share of labels that must be the network's, else a file is refused; None: by the dtype.
         license: of the weights, as it will stand in the file.
         push: ``owner/name`` of a repository on the Hugging Face hub that a folder is uploaded to; None: to none.
 
@@ -125,7 +125,7 @@ class Export:
     _: KW_ONLY
     output: str | None = None
     normalization: str = "inside"
-    precision: str = "fp32"
+    dtype: str = "fp32"
     batch: int | None = None
     size: Sequence[int] | None = None
     least_agreement: float | None = None
@@ -142,8 +142,8 @@ class Export:
             ("output", self.output in (None, *runtimes.OUTPUTS), " | ".join(runtimes.OUTPUTS)),
             ("output", "ncnn" not in self.formats or self.output != "mask", "logits | probabilities, of ncnn"),
             ("normalization", self.normalization in runtimes.NORMALIZATIONS, " | ".join(runtimes.NORMALIZATIONS)),
-            ("precision", self.precision in PRECISIONS, " | ".join(PRECISIONS)),
-            ("precision", self.precision != "int8" or not without_int8, "fp32 | fp16, of ncnn and torch_export"),
+            ("dtype", self.dtype in DTYPES, " | ".join(DTYPES)),
+            ("dtype", self.dtype != "int8" or not without_int8, "fp32 | fp16, of ncnn and torch_export"),
             ("batch", self.batch is None or (type(self.batch) is int and self.batch >= 1), "null or at least 1"),
             ("size", len(size) == 2 and all(type(s) is int and s >= 32 for s in size), "null or [height, width]"),
             ("least_agreement", 0 <= (self.least_agreement or 0) <= 1, "null or a share in [0, 1]"),
@@ -156,7 +156,7 @@ class Export:
 
     def files(self, kind: str) -> list[Path]:
         """What a format writes."""
-        stem = "model" if self.precision == "fp32" else f"model_{self.precision}"
+        stem = "model" if self.dtype == "fp32" else f"model_{self.dtype}"
         names = {"folder": ["model"], "reference": ["model_final.pth"]}
         return [self.folder / name for name in names.get(kind) or [stem + suffix for suffix in FILES[kind]]]
 
@@ -247,7 +247,7 @@ class _Work:
             + ("raw in [0, 255]" if options.normalization == "inside" else "(raw / 255 - mean) / std"),
             "output": self.output(kind),
             "normalization": options.normalization,
-            "precision": options.precision,
+            "precision": options.dtype,
             "batch": 1 if kind == "ncnn" else options.batch,
             "size": size and list(size),
             "size_multiple": next(iter(self.segmenter.protocols.values())).size_multiple,
@@ -291,7 +291,7 @@ class _Work:
             if output != "mask":
                 expected = logits if output == "logits" else logits.softmax(1)
                 largest = max(largest, (found - expected).abs().max().item())
-        least = PRECISIONS[options.precision] if options.least_agreement is None else options.least_agreement
+        least = DTYPES[options.dtype] if options.least_agreement is None else options.least_agreement
         if share < least:
             raise ValueError(
                 f"refused: {share:.4f} of the labels are the network's, accepted: at least {least} (least_agreement)"
@@ -328,7 +328,7 @@ class _Work:
     def quantized(self, model: Any, wrap: Callable[[np.ndarray], Any]) -> Any:
         """A model of ONNX or OpenVINO in int8, calibrated on the training's images."""
         if not self.calibrated:
-            raise ValueError("precision: int8 needs images of the training to calibrate on; accepted: fp32 | fp16")
+            raise ValueError("dtype: int8 needs images of the training to calibrate on; accepted: fp32 | fp16")
         nncf = runtimes.import_extra("nncf", "export")
         size: Any = self.options.size
         batches = [self.inputs([image], size, self.options.batch or 1)[0].numpy() for image in self.images]
@@ -343,8 +343,8 @@ class _Work:
 
     def _onnx(self, file: Path) -> dict[str, Any]:
         onnx = runtimes.import_extra("onnx", "export")
-        model = onnx.load_from_string(self.onnx("onnx", self.options.precision == "fp16"))
-        if self.options.precision == "int8":
+        model = onnx.load_from_string(self.onnx("onnx", self.options.dtype == "fp16"))
+        if self.options.dtype == "int8":
             model = self.quantized(model, lambda batch: {"image": batch})
         onnx.helper.set_model_props(model, {runtimes.KEY: self.facts("onnx")})
         onnx.save(model, file)
@@ -353,10 +353,10 @@ class _Work:
     def _openvino(self, file: Path, _weights: Path) -> dict[str, Any]:
         openvino = runtimes.import_extra("openvino", "export")
         model = openvino.Core().read_model(self.onnx("openvino", half=False))
-        if self.options.precision == "int8":
+        if self.options.dtype == "int8":
             model = self.quantized(model, lambda batch: batch)
         model.set_rt_info(self.facts("openvino"), runtimes.KEY)
-        openvino.save_model(model, file, compress_to_fp16=self.options.precision == "fp16")
+        openvino.save_model(model, file, compress_to_fp16=self.options.dtype == "fp16")
         return self.compare("openvino", runtimes.open_file(file).run)
 
     def _ncnn(self, file: Path, _weights: Path, facts: Path) -> dict[str, Any]:
@@ -370,7 +370,7 @@ class _Work:
         traced.save(str(file.with_name("model.pt")))
         command = [str(pnnx), "model.pt", *shapes[: 1 if self.options.size else 2],
                    f"ncnnparam={file.name}", f"ncnnbin={_weights.name}",
-                   f"fp16={int(self.options.precision == 'fp16')}"]  # fmt: skip
+                   f"fp16={int(self.options.dtype == 'fp16')}"]  # fmt: skip
         done = subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=False)
         if not file.exists():
             raise ValueError(f"pnnx failed: {(done.stderr or done.stdout).strip()[-300:]}")
@@ -379,7 +379,7 @@ class _Work:
 
     def _torch_export(self, file: Path) -> dict[str, Any]:
         facts = {f"{runtimes.KEY}.json": self.facts("torch_export")}
-        torch.export.save(self.program("torch_export", self.options.precision == "fp16"), file, extra_files=facts)
+        torch.export.save(self.program("torch_export", self.options.dtype == "fp16"), file, extra_files=facts)
         module = torch.export.load(file).module()
         return self.compare("torch_export", lambda image: module(torch.from_numpy(image)).numpy())
 
@@ -391,7 +391,7 @@ class _Work:
         chosen = {key: (batch or b, *(size or hw)) for key, (b, hw) in most.items()}
         shapes = [f"--{key}Shapes=image:{b}x3x{h}x{w}" for key, (b, h, w) in chosen.items()]
         shapes = [] if batch and size else shapes
-        typed = [] if self.options.precision == "fp32" else ["--stronglyTyped"]
+        typed = [] if self.options.dtype == "fp32" else ["--stronglyTyped"]
 
         def command(model: Path, plan: Path) -> list[str]:
             return ["trtexec", f"--onnx={model}", f"--saveEngine={plan}", *shapes, *typed]

@@ -116,7 +116,7 @@ def test_a_fixed_file_of_normalised_images(source: Path, tmp_path: Path, output:
 
 
 def test_half_precision_halves_the_file(source: Path, exported: Path, tmp_path: Path) -> None:
-    found = export(source, tmp_path, "onnx", "openvino", "ncnn", precision="fp16", output="logits")
+    found = export(source, tmp_path, "onnx", "openvino", "ncnn", dtype="fp16", output="logits")
     assert all(entry["equal_labels"] >= 0.99 for entry in found)
     for name in ("model.bin", "model.ncnn.bin"):
         assert (tmp_path / name.replace("model", "model_fp16")).stat().st_size < 0.6 * (exported / name).stat().st_size
@@ -125,8 +125,8 @@ def test_half_precision_halves_the_file(source: Path, exported: Path, tmp_path: 
 def test_int8_is_calibrated_and_says_what_it_costs(source: Path, tmp_path: Path) -> None:
     images = [render_scene(0, "train", number, (64, 128))[0] for number in range(3)]
     with pytest.raises(ValueError, match="images of the training"):
-        export(source, tmp_path, "onnx", precision="int8")
-    found = export(source, tmp_path, "onnx", "openvino", images=images, precision="int8", least_agreement=0.3)
+        export(source, tmp_path, "onnx", dtype="int8")
+    found = export(source, tmp_path, "onnx", "openvino", images=images, dtype="int8", least_agreement=0.3)
     for entry, name in zip(found, ("model_int8.onnx", "model_int8.xml"), strict=True):
         assert 0.3 < entry["equal_labels"] < 1  # something was rounded
         assert bisenet.load(tmp_path / name).predict(SCENE).shape == (64, 128)
@@ -186,7 +186,7 @@ def test_the_references_names(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_for_tensorrt(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = export(source, tmp_path / "a", "tensorrt", precision="fp16", size=[64, 128])[0]
+    found = export(source, tmp_path / "a", "tensorrt", dtype="fp16", size=[64, 128])[0]
     assert f"trtexec --onnx={tmp_path}/a/model_fp16.onnx" in found["engine"]
     assert "--maxShapes=image:4x3x64x128 --stronglyTyped" in found["engine"]
     tool = tmp_path / "trtexec"
@@ -202,7 +202,7 @@ def test_the_command_for_tensorrt(source: Path, tmp_path: Path, monkeypatch: pyt
     [
         ({"format": "tflite"}, "format: .*tflite"),
         ({"format": "ncnn", "output": "mask"}, "output: .*mask"),
-        ({"format": "ncnn", "precision": "int8"}, "precision: .*int8"),
+        ({"format": "ncnn", "dtype": "int8"}, "dtype: .*int8"),
         ({"size": [64]}, "size: "),
         ({"push": "me/model"}, "push: "),
     ],

@@ -7,6 +7,7 @@ networks name their weights as it does, in both generations, so that the names t
 
 import hashlib
 import importlib
+import json
 import logging
 import operator
 import re
@@ -22,6 +23,8 @@ from urllib.parse import urlparse
 
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +32,7 @@ from bisenet import conf_dir
 from bisenet.classes import ClassTable
 from bisenet.files import replacing
 from bisenet.inference import Protocol, Segmenter
+from bisenet.runtimes import READERS, Exported, RuntimeNetwork, open_file
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ DATASETS = tuple(f"bisenet.data.{name}" for name in ("Cityscapes", "CamVid", "Li
 """Classes that a file may name as its data set."""
 LARGEST_FILE = 16 * 2**30
 """Bytes; a larger file is not read."""
+LARGEST_CONFIG = 2**20
+"""Bytes of the ``config.json`` of a model folder."""
 
 _WEIGHTS = "segmenter.network."  # before each name in the state dict of our checkpoints
 _PARALLEL = "module."  # what DataParallel and its kin put before every name
@@ -98,8 +104,26 @@ class Checkpoint:
             with torch.random.fork_rng(devices=[]):  # the caller's generators are not ours
                 network = build(self.network, trust, n_classes=n_classes)
             network.load_state_dict(self.weights)
-            chosen = protocols or {name: Protocol(**fields) for name, fields in self.protocols.items()}
-            return Segmenter(network, self.classes, self.data["mean"], self.data["std"], chosen).eval()
+            return self._around(network, protocols)
+        except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{self.path}: {' '.join(str(error).split())}") from error
+
+    def _around(self, network: nn.Module, protocols: Mapping[str, Protocol] | None) -> Segmenter:
+        chosen = protocols or {name: Protocol(**fields) for name, fields in self.protocols.items()}
+        return Segmenter(network, self.classes, self.data["mean"], self.data["std"], chosen).eval()
+
+
+@dataclass(frozen=True)
+class ExportedCheckpoint(Checkpoint):
+    """A file that ``bisenet export`` wrote, whose runtime takes the place of the network."""
+
+    exported: Exported
+
+    def segmenter(self, protocols: Mapping[str, Protocol] | None = None, trust: Sequence[str] = ()) -> Segmenter:
+        """As of any checkpoint; there is nothing to trust."""
+        try:
+            normalization = (list(self.data[key]) for key in ("mean", "std"))
+            return self._around(RuntimeNetwork(self.exported, self.classes.num_classes, *normalization), protocols)
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{self.path}: {' '.join(str(error).split())}") from error
 
@@ -151,10 +175,11 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Read a run directory (its ``checkpoints/last.ckpt``), a checkpoint of ours, or weights of the reference.
+    """Read what has been trained, of any kind.
 
     Args:
-        path: directory or file.
+        path: a run directory (its ``checkpoints/last.ckpt``), a checkpoint of ours, weights of the reference, an
+            exported file (``.onnx``, ``.xml``, ``.param``), or a folder of ``config.json`` and ``model.safetensors``.
         data: for weights of the reference only, the data set that they were trained on: ``classes`` (a table, its name
             or its path), ``mean`` and ``std``, ``eval_short_side`` if there is one. Older BiSeNetV1 was always
             normalised as ImageNet, whatever ``data`` says.
@@ -163,7 +188,8 @@ def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Ch
         FileNotFoundError: no such file.
         ValueError: a file that is neither, or damaged; ``data`` missing, not needed or with other classes.
     """
-    file, content, weights = _read_content(path)
+    exported = open_file(path) if Path(path).suffix in READERS else None
+    file, content, weights = (exported.path, exported.facts, {}) if exported else _read_content(path)
     if weights is None:
         return _complete(file, content, data)
     if data is not None:
@@ -178,7 +204,8 @@ def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Ch
         _require_plain([facts, protocols, table], "bisenet", depth=6, most=2**17)
         classes, step = ClassTable.from_dict(table), operator.index(content["global_step"])
         facts = {key: facts[key] for key in _DATA_KEYS}
-        return Checkpoint(file, {**entry["network"]}, classes, facts, protocols, step, weights, {**hyper_parameters})
+        parts = file, {**entry["network"]}, classes, facts, protocols, step, weights, {**hyper_parameters}
+        return ExportedCheckpoint(*parts, exported) if exported else Checkpoint(*parts)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:800]
         raise ValueError(f"{file} is no checkpoint of bisenet, or a damaged one: {why}") from error
@@ -189,11 +216,13 @@ def _read_content(path: str | PathLike[str]) -> tuple[Path, Any, dict[str, Tenso
     path = Path(path).expanduser()
     inside = [path / "last.ckpt", path / "checkpoints" / "last.ckpt"]
     file = next(filter(Path.is_file, inside), inside[-1]) if path.is_dir() else path
+    if (path / "config.json").is_file():
+        file = path / "model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(
             f"checkpoint: no file {file}; accepted: a .ckpt or .pth file, or a run directory with checkpoints/last.ckpt"
         )
-    content = read_tensors(file)
+    content = _read_folder(path) if file.suffix == ".safetensors" else read_tensors(file)
     if not isinstance(content, dict) or "bisenet" not in content:
         return file, content, None
     if not (state := _state_dict(content.get("state_dict"))):
@@ -210,6 +239,18 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
         for name, v in content.items()
     )
     return content if dense else {}
+
+
+def _read_folder(folder: Path) -> Any:
+    """A model folder by the hub's conventions, as what a checkpoint holds."""
+    file, config = folder / "model.safetensors", folder / "config.json"
+    try:
+        if config.stat().st_size > LARGEST_CONFIG or file.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"accepted: a config.json of at most {LARGEST_CONFIG} bytes, weights of {LARGEST_FILE}")
+        state = {_WEIGHTS + name: tensor for name, tensor in load_file(file).items()}
+        return {**json.loads(config.read_text(encoding="utf-8")), "state_dict": state}
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is a damaged model folder: {error}") from error
 
 
 def _from_format_1(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -424,6 +424,40 @@ def predict(cfg: DictConfig) -> None:
         sys.exit(1)
 
 
+@entry("export")
+def export(cfg: DictConfig) -> None:
+    """Write a model for other runtimes (ONNX, OpenVINO, ncnn, TensorRT), or as a model folder."""
+    from bisenet.export import Export
+
+    options = {key: cfg[key] for key in ("output", "normalization", "dtype", "batch", "size", "least_agreement",
+                                         "license", "push")}  # fmt: skip
+    exporter = Export(cfg.format, Path(cfg.folder or cfg.run_dir), **options)
+    from bisenet import checkpoint, experiment
+
+    given: Any = None if cfg.data is None else OmegaConf.to_container(cfg.data, resolve=True)
+    read = checkpoint.read(cfg.checkpoint, given)
+    images = []
+    if cfg.dtype == "int8":
+        data = experiment.data_of(cfg, read, given)
+        images = [image for image, _ in data.examples(data.train_split, cfg.images)]
+    exporter.run(read, read.segmenter(None, list(cfg.trust)), read.hyper_parameters or {"data": given}, images)
+
+
+@entry("serve")
+def serve(cfg: DictConfig) -> None:
+    """Serve a model over HTTP, with a page to try it in."""
+    from bisenet.runtimes import import_extra
+
+    import_extra("litserve", "serve")
+    from bisenet import serve as server
+
+    options: Any = OmegaConf.to_container(cfg, resolve=True)
+    checkpoint, host, port = (options.pop(key) for key in ("checkpoint", "host", "port"))
+    made = server.make_server(checkpoint, **options)
+    print(f"http://{host}:{port}/")
+    server.serve(made, host, port)
+
+
 @entry("check_data")
 def check_data(cfg: DictConfig) -> None:
     """Look at a data set before training on it; exit code 1 unless it is fit."""
@@ -493,8 +527,8 @@ def train() -> None:
     sweep.run(train_task)
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "compare": compare, "check-data": check_data,
-            "benchmark": benchmark}  # fmt: skip
+COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "export": export, "serve": serve,
+            "compare": compare, "check-data": check_data, "benchmark": benchmark}  # fmt: skip
 
 
 def main() -> None:

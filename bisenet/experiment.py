@@ -307,24 +307,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     quiet()
     given: Any = None if cfg.data is None else OmegaConf.to_container(cfg.data, resolve=True)
     read = checkpoint.read(cfg.checkpoint, given)
-    trust = list(cfg.trust)
-    cfg.data = given or read.data_node()
-    for key, value in {"root": cfg.data_root, "workers": cfg.workers}.items():
-        cfg.data[key] = cfg.data.get(key) if value is None else value
-    if given:
-        data = build(cfg, "data", augment=[], seed=0)
-    else:  # the node comes from a file
-        node: Any = OmegaConf.to_container(cfg.data)
-        dataset = partial(checkpoint.build, node.pop("dataset"), trust, checkpoint.DATASETS)
-        known = inspect.signature(SegmentationDataModule).parameters
-        kept: Any = {key: value for key, value in node.items() if key in known}
-        try:
-            data = SegmentationDataModule(
-                **kept | {"dataset": dataset, "classes": read.classes, "augment": [], "seed": 0}
-            )
-        except TypeError as error:
-            raise ValueError(f"{read.path}: data: {error}") from error
-    segmenter = read.segmenter(build_all(cfg, "protocol") or None, trust)
+    data = data_of(cfg, read, given)
+    segmenter = read.segmenter(build_all(cfg, "protocol") or None, list(cfg.trust))
     if data.table.names != segmenter.classes.names:
         raise ValueError(
             f"data: has the classes {', '.join(data.table.names)}, the network of {read.path} those of "
@@ -349,8 +333,39 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     report.write_json(run_dir / "provenance.json", report.provenance({}))  # before: the code may be edited meanwhile
     results = {"name": read.hyper_parameters.get("name", read.path.stem), "step": read.step}
     results |= {"checkpoint": str(read.path), **score(trainer, SegmentationModule(segmenter), data, split, run_dir)}
+    if isinstance(read, checkpoint.ExportedCheckpoint):
+        made = read.exported.facts["export"]
+        results |= {"precision": made["precision"], "device": f"cpu, {read.exported.runtime}"}
+        if made["precision"] == "int8" and (source := Path(made["checkpoint"])).exists():
+            published = read.hyper_parameters["data"] if source.suffix == ".pth" else None
+            network = SegmentationModule(
+                checkpoint.read(source, published).segmenter(segmenter.protocols, list(cfg.trust))
+            )
+            trainer.test(network, dataloaders=data.evaluation_dataloader(split), verbose=False)
+            results["cost"] = {name: found["miou"] - results["protocols"][name]["miou"]
+                               for name, found in protocol_scores(network).items()}  # fmt: skip
     report.write_results(results, run_dir)
+    for name, cost in results.get("cost", {}).items():
+        print(f"int8 costs {100 * cost:.2f} points of mIoU ({name}): the network itself has "
+              f"{report.percent(results['protocols'][name]['miou'] + cost)}")  # fmt: skip
     return results
+
+
+def data_of(cfg: DictConfig, read: checkpoint.Checkpoint, given: Any) -> SegmentationDataModule:
+    """The data set that is given, else that of the training; ``cfg`` may move it."""
+    cfg.data = given or read.data_node()
+    for key, value in {"root": cfg.data_root, "workers": cfg.get("workers")}.items():
+        cfg.data[key] = cfg.data.get(key) if value is None else value
+    if given:
+        return build(cfg, "data", augment=[], seed=0)
+    node: Any = OmegaConf.to_container(cfg.data)  # from a file
+    dataset = partial(checkpoint.build, node.pop("dataset"), list(cfg.trust), checkpoint.DATASETS)
+    known = inspect.signature(SegmentationDataModule).parameters
+    kept: Any = {key: value for key, value in node.items() if key in known}
+    try:
+        return SegmentationDataModule(**kept | {"dataset": dataset, "classes": read.classes, "augment": [], "seed": 0})
+    except TypeError as error:
+        raise ValueError(f"{read.path}: data: {error}") from error
 
 
 def score(

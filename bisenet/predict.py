@@ -40,6 +40,10 @@ class UnusableInput(ValueError):
     """An image or video that cannot be read or segmented; the message names it."""
 
 
+class TooLarge(UnusableInput):
+    """An image of more pixels than are accepted."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One image or one stream of frames."""
@@ -114,14 +118,22 @@ def read_image(path: Path, max_pixels: float = 1e8) -> np.ndarray:
     """
     try:
         content = path.read_bytes()
+    except OSError as error:
+        raise UnusableInput(f"{path} cannot be read: {error}") from error
+    return decode_image(content, path, max_pixels)
+
+
+def decode_image(content: bytes, path: Path | str, max_pixels: float) -> np.ndarray:
+    """As :func:`read_image`, from the bytes of a file; ``path`` stands in messages."""
+    try:
         width, height, count = _header(content)
         if width * height > max_pixels:
             size = f"{width} x {height}, {width * height / 1e6:.0f} megapixels"
-            raise UnusableInput(f"{path} has {size}; accepted: up to {max_pixels / 1e6:g}, unless max_pixels says more")
+            raise TooLarge(f"{path} has {size}; accepted: up to {max_pixels / 1e6:g}, unless max_pixels says more")
         # It refuses truncated files, which imread completes. OpenCV 5.0 makes noise of a 16-bit TIFF as COLOR_RGB.
         flags = cv2.IMREAD_COLOR_BGR | cv2.IMREAD_ANYDEPTH
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if count else None
-    except (OSError, cv2.error) as error:
+    except cv2.error as error:
         raise UnusableInput(f"{path} cannot be read: {error}") from error
     if image is None:
         raise UnusableInput(f"{path} cannot be decoded: no image, or a truncated or damaged one")

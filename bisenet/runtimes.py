@@ -1,0 +1,190 @@
+"""Exported files in the runtimes that they were made for: ONNX Runtime, OpenVINO, ncnn. No file runs code.
+
+An exported file takes RGB images ``image``, float32 (B, 3, H, W): raw ones in [0, 255], or normalised ones where
+normalisation was left outside. It gives ``output``, at the size of the image: a ``mask`` of train ids, uint8 (B, H, W),
+or ``logits`` or ``probabilities``, float32 (B, C, H, W). What it is stands in it as JSON (:attr:`Exported.facts`).
+
+>>> exported = open_file("model.onnx")
+>>> output = exported.run(np.zeros((1, 3, 512, 1024), np.float32))
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bisenet.networks import SegmentationOutput
+
+LARGEST_FILE = 2**31
+"""Bytes of a file with its weights; a larger one is not read. ONNX cannot be larger."""
+KEY = "bisenet"
+"""Name of the facts in a file's own metadata."""
+
+OUTPUTS = ("mask", "logits", "probabilities")
+NORMALIZATIONS = ("inside", "outside")
+
+_LARGEST_FACTS = 2**20  # bytes
+_TINY = torch.finfo(torch.float32).tiny
+
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported file, loaded."""
+
+    path: Path
+    facts: dict[str, Any]
+    """What a checkpoint holds but for the weights, and under ``export`` how the file was made."""
+    runtime: str
+    """Name and version of what runs it."""
+    run: Run
+    """Input (B, 3, H, W) float32 -> output; of a file with a fixed batch or size only what it was made for."""
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Import a module that an extra of the package brings; without it a ValueError names the extra."""
+    if module in ("openvino", "nncf"):
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # else they report to a server
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise ValueError(f"{error.name} is not installed: pip install 'bisenet[{extra}]' brings it") from None
+
+
+def open_file(path: str | PathLike[str], threads: int | None = None) -> Exported:
+    """Load an exported file: ``.onnx``, the ``.xml`` of OpenVINO, or the ``.param`` of ncnn, to run on the CPU.
+
+    Args:
+        path: the file; beside it lie the weights of OpenVINO and ncnn, in a ``.bin``, and ncnn's facts, in ``.json``.
+        threads: of one run; None: as many as torch takes.
+
+    Raises:
+        FileNotFoundError: no such file, or what belongs to it is missing.
+        ValueError: a damaged or a foreign file, or its runtime is not installed.
+    """
+    path = Path(path).expanduser()
+    reader = READERS[path.suffix]
+    files = [path, *(path.with_suffix(suffix) for suffix in _BESIDE[path.suffix])]
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"checkpoint: no file {missing[0]}")
+    if (size := sum(file.stat().st_size for file in files)) > LARGEST_FILE:
+        raise ValueError(f"{path}: {size} bytes, accepted: at most {LARGEST_FILE} (bisenet.runtimes.LARGEST_FILE)")
+    module = import_extra(_MODULES[path.suffix], "export")
+    try:
+        text, run = reader(module, path, threads or torch.get_num_threads())
+    except Exception as error:  # each runtime raises its own
+        raise ValueError(f"{path} cannot be read by {module.__name__}: {' '.join(str(error).split())[:200]}") from error
+    try:
+        facts: Any = json.loads(text) if 0 < len(text) <= _LARGEST_FACTS else None
+        made = facts["export"]
+        sides = [made["batch"], *(made["size"] or (None, None))]
+        wrong = made["output"] not in OUTPUTS or made["normalization"] not in NORMALIZATIONS or len(sides) != 3
+        if wrong or not all(side is None or (type(side) is int and 1 <= side <= 2**16) for side in sides):
+            raise ValueError(f"export: {made}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} was not written by bisenet export, or is damaged: {error!r}") from error
+    version = getattr(module, "__version__", "")
+    return Exported(path, facts, f"{module.__name__} {version}", run)
+
+
+def _onnx(onnxruntime: Any, path: Path, threads: int) -> tuple[str, Run]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    text = session.get_modelmeta().custom_metadata_map.get(KEY, "")
+    return text, lambda image: session.run(None, {"image": image})[0]
+
+
+def _openvino(openvino: Any, path: Path, threads: int) -> tuple[str, Run]:
+    core = openvino.Core()
+    model = core.read_model(path)
+    text = model.get_rt_info(KEY).value if model.has_rt_info(KEY) else ""
+    # Where a processor has bfloat16, OpenVINO would compute in it unasked.
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(model, "CPU", options)
+    return text, lambda image: compiled(image)[0]
+
+
+def _ncnn(ncnn: Any, path: Path, threads: int) -> tuple[str, Run]:
+    text = path.with_suffix(".json").read_text(encoding="utf-8")
+    net = ncnn.Net()
+    net.opt.num_threads, net.opt.use_vulkan_compute = threads, False
+    for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
+        setattr(net.opt, option, False)  # of the computation; weights in fp16 are read as well
+    if net.load_param(str(path)) or net.load_model(str(path.with_suffix(".bin"))):
+        raise ValueError("no network in its .param, or not its weights in its .bin")
+
+    def run_one(image: np.ndarray) -> np.ndarray:
+        image = np.ascontiguousarray(image)  # a Mat takes the memory as if it were, and does not keep it
+        extractor = net.create_extractor()
+        extractor.input("in0", ncnn.Mat(image))
+        return np.array(extractor.extract("out0")[1])
+
+    return text, lambda images: np.stack([run_one(image) for image in images])
+
+
+READERS: dict[str, Callable[[Any, Path, int], tuple[str, Run]]] = {".onnx": _onnx, ".xml": _openvino, ".param": _ncnn}
+"""Suffixes of exported files."""
+_MODULES = {".onnx": "onnxruntime", ".xml": "openvino", ".param": "ncnn"}
+_BESIDE = {".onnx": (), ".xml": (".bin",), ".param": (".bin", ".json")}
+
+
+class RuntimeNetwork(nn.Module):
+    """An exported file as a network: a normalised image (B, 3, H, W) -> logits at the size of the image.
+
+    Logarithms of probabilities take the place of logits, which changes no prediction. A mask becomes 1 for its class
+    and 0 for the others: exact for one whole view of the size of the image; several views vote.
+
+    Args:
+        exported: the file.
+        mean, std: in [0, 1], which the image was normalised with.
+    """
+
+    head_names = ("output",)
+    align_corners = False
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, exported: Exported, n_classes: int, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.exported, self.n_classes = exported, n_classes
+        made = exported.facts["export"]
+        self.raw, self.batch, self.size = made["normalization"] == "inside", made["batch"], made["size"]
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> SegmentationOutput:
+        """Run the file, in batches of the size that it takes.
+
+        Raises:
+            ValueError: the file takes images of another size.
+        """
+        if self.size and list(image.shape[-2:]) != list(self.size):
+            height, width = self.size
+            raise ValueError(
+                f"{self.exported.path} takes images of {height} x {width} pixels only, and the protocol shows it "
+                f"{image.shape[-2]} x {image.shape[-1]}; accepted: an export with size=null, or of that size"
+            )
+        image = image.float() * self.std + self.mean if self.raw else image.float()
+        batch = self.batch or len(image)
+        padded = F.pad(image, (0, 0) * 3 + (0, -len(image) % batch)).cpu().numpy()
+        parts = [self.exported.run(padded[first : first + batch]) for first in range(0, len(padded), batch)]
+        output = torch.from_numpy(np.concatenate(parts)[: len(image)]).to(image.device)
+        kind = self.exported.facts["export"]["output"]
+        if kind == "mask":
+            output = F.one_hot(output.long(), self.n_classes).permute(0, 3, 1, 2).float()
+        elif kind == "probabilities":
+            output = output.clamp(min=_TINY).log()
+        return SegmentationOutput(output, ())

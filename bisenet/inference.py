@@ -323,10 +323,10 @@ class Segmenter(nn.Module):
         super().__init__()
         names_ok = len(protocols) > 0 and all(re.fullmatch(r"\w[\w.-]*", name) for name in protocols)
         _require(
-            ("mean", mean, len(mean) == 3 and _are_numbers(mean, 0, 1), "three values in [0, 1]"),
-            ("std", std, len(std) == 3 and _are_numbers(std, _TINY, 1), "three values in (0, 1]"),
+            ("mean", mean, _are_numbers(mean, 0, 1) and len(mean) == 3, "three values in [0, 1]"),
+            ("std", std, _are_numbers(std, _TINY, 1) and len(std) == 3, "three values in (0, 1]"),
             ("protocol", list(protocols), names_ok, "at least one, each a name of letters, digits, '_', '-' and '.'"),
-            ("max_pixels_per_batch", max_pixels_per_batch, max_pixels_per_batch >= 1, "an integer of at least 1"),
+            ("max_pixels_per_batch", max_pixels_per_batch, _are_numbers([max_pixels_per_batch], 1), "at least 1"),
             ("precision", precision, precision in _AUTOCAST, " | ".join(_AUTOCAST)),
         )
         self.network = network

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 from bisenet import report
+from bisenet.networks.blocks import fold
 
 log = logging.getLogger(__name__)
 
@@ -39,19 +39,9 @@ def _eager(network: nn.Module, image: Tensor) -> Run:
 
 
 def _folded(network: nn.Module, image: Tensor) -> Run:
-    expected: Tensor = network(image)[0]
-    for module in list(network.modules()):
-        children = list(module.named_children())
-        for (first, conv), (second, norm) in pairwise(children):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, first, fuse_conv_bn_eval(conv, norm))
-                setattr(module, second, nn.Identity())
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = _eager(network, image)
-    error = (run(image) - expected).abs().max() / expected.abs().max()
-    if not error < (1e-3 if image.dtype == torch.float32 else 0.1):  # a network of one's own may be ordered otherwise
-        raise ValueError(f"batch norm cannot be folded into the layers before: logits differ by {error:.1%}")
-    return lambda given: run(given.contiguous(memory_format=torch.channels_last))
+    folded: Any = fold(network)
+    folded.to(memory_format=torch.channels_last)
+    return lambda given: folded(given.contiguous(memory_format=torch.channels_last))[0]
 
 
 def _compiled(network: nn.Module, image: Tensor) -> Run:

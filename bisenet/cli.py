@@ -239,7 +239,7 @@ def refuse_misplaced(cfg: DictConfig, config_name: str) -> None:
         package = "trainer" if group in ("precision", "strategy") else "_global_"
         file = f"{group}/{node.runtime.choices.get(group) or '*'}.yaml"
         raise ValueError(f"{file} changes nothing, accepted: a file with the line '# @package {package}'")
-    if cfg.run_dir != node.runtime.output_dir:
+    if cfg.get("run_dir", node.runtime.output_dir) != node.runtime.output_dir:
         raise ValueError(f"run_dir: got {cfg.run_dir}, accepted: hydra.run.dir={cfg.run_dir}, which it follows")
     if node.job.chdir:
         raise ValueError("hydra.job.chdir: got true, accepted: false; paths are relative to where the command starts")

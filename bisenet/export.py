@@ -21,12 +21,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from bisenet import checkpoint, report, runtimes
 from bisenet.data.scenes import render_scene
 from bisenet.inference import Segmenter, resize
-from bisenet.networks.blocks import PositiveBatchNorm
+from bisenet.networks.blocks import fold
 
 log = logging.getLogger(__name__)
 
@@ -71,30 +70,6 @@ class Deployed(nn.Module):
         if self.output == "mask":
             return logits.argmax(1).to(torch.uint8)
         return logits.softmax(1) if self.output == "probabilities" else logits
-
-
-def fold(network: nn.Module) -> nn.Module:
-    """A copy in evaluation mode without auxiliary heads, its batch norms folded into the convolutions before them.
-
-    A network of one's own that ``torch.fx`` cannot trace stays as it is.
-    """
-    copied = deepcopy(network).eval()
-    for module in list(copied.modules()):
-        for name, norm in list(module.named_children()):
-            if isinstance(norm, PositiveBatchNorm):
-                setattr(module, name, _plain(norm))
-    try:
-        return fuse(copied)
-    except Exception as error:  # torch.fx raises of any kind
-        log.warning("batch norm is not folded: %s cannot be traced: %s", type(network).__name__, error)
-        return copied
-
-
-def _plain(norm: PositiveBatchNorm) -> nn.BatchNorm2d:
-    plain = nn.BatchNorm2d(len(norm.weight), eps=norm.statistics.eps).eval()
-    scale = norm.weight.detach().abs() + norm.statistics.eps
-    plain.load_state_dict({**norm.state_dict(), "weight": scale}, strict=False)
-    return plain
 
 
 @dataclass

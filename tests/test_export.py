@@ -12,9 +12,10 @@ import bisenet
 from bisenet import checkpoint, runtimes
 from bisenet.classes import ClassTable
 from bisenet.data.scenes import render_scene
-from bisenet.export import Export, fold
+from bisenet.export import Export
 from bisenet.inference import Protocol, Segmenter
 from bisenet.networks import BiSeNetV1, BiSeNetV2
+from bisenet.networks.blocks import fold
 
 for package in ("onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "ncnn", "pnnx"):
     pytest.importorskip(package, reason="takes the extra `export`")

@@ -5,14 +5,18 @@ rounded up: every layer with stride 2 makes ceil(h / 2) of h.
 """
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+log = logging.getLogger(__name__)
 
 Generation = Literal["current", "older"]
 """Which published code a network repeats: `current`, or `older` (2018 to 2020)."""
@@ -75,8 +79,10 @@ def by_strips(
     than the radius of their receptive field, so that every value is computed from the same values. `share` is how many
     pixels of the image one of x stands for. Nothing is cut in training, where norms see the whole, and in an export.
     """
+    if training or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
+        return layers(x)
     height, width = x.shape[2:]
-    if training or torch.compiler.is_compiling() or len(x) * height * width * share <= 2 * STRIP:
+    if len(x) * height * width * share <= 2 * STRIP:
         return layers(x)
     rows = max(STRIP // (len(x) * width * share * stride), 1) * stride
     parts: list[Tensor] = []
@@ -85,6 +91,28 @@ def by_strips(
         part = layers(x[:, :, first : top + rows + halo])
         parts.append(part[:, :, (top - first) // stride :][:, :, : math.ceil(min(rows, height - top) / stride)].clone())
     return torch.cat(parts, dim=2)
+
+
+def fold(network: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode without auxiliary heads, its batch norms folded into the convolutions before.
+
+    A network of one's own that `torch.fx` cannot trace stays as it is, with a warning.
+    """
+    from torch.fx.experimental.optimization import fuse  # takes a while
+
+    copied = deepcopy(network).eval()
+    for module in list(copied.modules()):
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, PositiveBatchNorm):
+                plain = nn.BatchNorm2d(len(norm.weight), eps=norm.statistics.eps).eval()
+                scale = norm.weight.detach().abs() + norm.statistics.eps
+                plain.load_state_dict({**norm.state_dict(), "weight": scale}, strict=False)
+                setattr(module, name, plain)
+    try:
+        return fuse(copied)
+    except Exception as error:  # torch.fx raises of any kind
+        log.warning("batch norm is not folded: %s cannot be traced: %s", type(network).__name__, error)
+        return copied
 
 
 class PositiveBatchNorm(nn.Module):

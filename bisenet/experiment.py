@@ -137,7 +137,7 @@ def build_trainer(cfg: DictConfig, last: Path | None, *ours: Callback) -> Traine
     """
     callbacks = [*ours, *build_all(cfg, "callbacks").values()]
     for node in cfg.logger.values():
-        if "purge_step" in node and last:  # TensorBoard
+        if last and OmegaConf.is_dict(node) and "purge_step" in node:  # TensorBoard
             node.purge_step = checkpoint.read(last).step
     if not torch.cuda.is_available() and cfg.trainer.sync_batchnorm:
         log.info("trainer.sync_batchnorm: without effect, since torch has it for GPUs only")

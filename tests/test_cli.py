@@ -115,6 +115,7 @@ def test_the_traceback_is_there_for_those_who_ask() -> None:
         (["protocol.ss=x"], "protocol.ss: got x, accepted: a node with a _target_"),
         (["loss.criterion=x"], "loss.criterion: got 'x', accepted: (logits"),
         (["finetune_from=3"], "finetune_from: "),
+        (["logger.csv=true"], "logger.csv: got True"),
         (["seed=-1"], "seed: got -1"),
         (["seed=1 2"], "seed: got 1 2"),
         (["data.batch_size=1"], "a batch of 1 image in training"),

@@ -434,6 +434,7 @@ def export(cfg: DictConfig) -> None:
     exporter = Export(cfg.format, Path(cfg.folder or cfg.run_dir), **options)
     from bisenet import checkpoint, experiment
 
+    experiment.quiet()
     given: Any = None if cfg.data is None else OmegaConf.to_container(cfg.data, resolve=True)
     read = checkpoint.read(cfg.checkpoint, given)
     images = []

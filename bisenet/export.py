@@ -280,8 +280,9 @@ class _Work:
         """
         options, network = self.options, self.segmenter.network
         share, largest, output = 1.0, 0.0, self.output(kind)
-        for number, size in enumerate([options.size] if options.size else SIZES):
-            height, width = size
+        own = self.images[0].shape[:2]
+        sizes = [own, tuple(side - 8 | 1 for side in own)] if self.calibrated else SIZES  # int8 knows no others
+        for number, (height, width) in enumerate([options.size] if options.size else sizes):
             batch = options.batch or (2 if number == 0 else 1)
             given, normalized = self.inputs(self.images[number % len(self.images) :], (height, width), batch)
             logits = resize(network(normalized).logits, (height, width), align_corners=bool(network.align_corners))
@@ -333,11 +334,20 @@ class _Work:
         size: Any = self.options.size
         batches = [self.inputs([image], size, self.options.batch or 1)[0].numpy() for image in self.images]
         # A scale for each channel of an activation is nothing that ONNX Runtime takes.
-        per_tensor = nncf.quantization.advanced_parameters.QuantizationParameters(per_channel=False)
-        advanced = nncf.AdvancedQuantizationParameters(activations_quantization_params=per_tensor)
+        parts = nncf.quantization.advanced_parameters
+        advanced = nncf.AdvancedQuantizationParameters(
+            activations_quantization_params=parts.QuantizationParameters(per_channel=False),
+            overflow_fix=parts.OverflowFix.ENABLE,  # else sums of products overflow on processors without VNNI
+        )
         data = nncf.Dataset([wrap(batch) for batch in batches])
         with redirect_stdout(sys.stderr):
-            return nncf.quantize(model, data, subset_size=len(batches), advanced_parameters=advanced)
+            return nncf.quantize(
+                model,
+                data,
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(batches),
+                advanced_parameters=advanced,
+            )
 
     # ------------------------------------------------------------ formats
 

@@ -96,7 +96,7 @@ def open_file(path: str | PathLike[str], threads: int | None = None) -> Exported
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} was not written by bisenet export, or is damaged: {error!r}") from error
     version = getattr(module, "__version__", "")
-    return Exported(path, facts, f"{module.__name__} {version}", run)
+    return Exported(path, facts, f"{module.__name__} {version.partition('-')[0]}", run)
 
 
 def _onnx(onnxruntime: Any, path: Path, threads: int) -> tuple[str, Run]:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from copy import deepcopy
@@ -348,7 +349,8 @@ class _Work:
         pnnx = Path(runtimes.import_extra("pnnx", "export").__file__).with_name("pnnx")
         sizes = [self.options.size] * 2 if self.options.size else [(96, 160), (131, 97)]
         shapes = [f"inputshape{n}=[1,3,{h},{w}]f32" for n, (h, w) in zip(("", "2"), sizes, strict=True)]
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes that a condition reads
             traced: Any = torch.jit.trace(
                 self.deployed("ncnn", half=False), torch.zeros(1, 3, *sizes[0]), check_trace=False
             )

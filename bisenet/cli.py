@@ -453,7 +453,7 @@ def serve(cfg: DictConfig) -> None:
     from bisenet import serve as server
 
     options: Any = OmegaConf.to_container(cfg, resolve=True)
-    checkpoint, host, port = (options.pop(key) for key in ("checkpoint", "host", "port"))
+    _, checkpoint, host, port = (options.pop(key) for key in ("run_dir", "checkpoint", "host", "port"))
     made = server.make_server(checkpoint, **options)
     print(f"http://{host}:{port}/")
     server.serve(made, host, port)

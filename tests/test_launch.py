@@ -149,7 +149,7 @@ def test_killed_processes_continue_as_if_nothing_had_happened(tmp_path: Path, sc
     told = train(tmp_path, "killed", *settings, KILL_AT="batch_start:4", KILL_RANK="1", KILL_WITH="SIGTERM")
     assert told.returncode == launch.ENDED
     assert torch.load(tmp_path / "killed" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
-    done = script("train.py", "resume=killed", "trust=[kill]", cwd=tmp_path)
+    done = script("train.py", "resume=killed", "trust=[kill,probe]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         ours, theirs = (torch.load(tmp_path / run / f"rank_{rank}.pt") for run in ("killed", "finished"))

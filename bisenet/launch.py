@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
@@ -27,8 +28,8 @@ from filelock import FileLock, SoftFileLock, Timeout
 log = logging.getLogger(__name__)
 
 PRACTICAL = (
-    "data.root", "data.workers", "trainer.accelerator", "trainer.enable_progress_bar", "callbacks.progress", "logger",
-    "hydra", "run_dir", "trust",
+    "data.root", "data.workers", "data.cache", "data.cache_root", "trainer.accelerator", "trainer.enable_progress_bar",
+    "callbacks.progress", "logger", "hydra", "run_dir", "trust",
 )  # fmt: skip
 """Keys that may differ when a run is continued: they cannot change its result."""
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -129,6 +130,17 @@ def processes_here(devices: Any) -> int:
     import torch  # heavy: only where it must be asked
 
     return max(1, torch.cuda.device_count())
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def pool(processes: int) -> ProcessPoolExecutor:
+    """Processes that share a piece of work, and end with this one."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    return ProcessPoolExecutor(processes, context, initializer=end_with, initargs=(os.getpid(),))
 
 
 def end_with(parent: int) -> None:

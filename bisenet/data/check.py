@@ -1,11 +1,7 @@
 """A walk over a data set as training reads it, that does not stop at the first problem."""
 
-import multiprocessing
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +12,7 @@ from rich.progress import track
 
 from bisenet.classes import ClassTable
 from bisenet.data.datasets import NEARLY_BLACK, IncompleteSplit, Sample, check_headers, list_samples, read_sample
+from bisenet.launch import cores, pool
 
 
 @dataclass
@@ -54,7 +51,7 @@ def check(
         BrokenProcessPool: one of the processes was killed.
     """
     cv2.setNumThreads(0)  # before the fork: threads of OpenCV do not survive it
-    processes = (os.cpu_count() or 1) if workers is None else workers
+    processes = cores() if workers is None else workers
     walked = {split: _walk(dataset, table, split, exif, processes) for split in splits}
     found = {split: _describe(walk, table) for split, walk in walked.items()}
     measured = train_split if train_split in found else splits[0]
@@ -79,9 +76,8 @@ def _walk(dataset: Any, table: ClassTable, split: str, exif: str | None, workers
     except (OSError, ValueError) as error:
         found.problems.append(str(error))
     inspect = partial(_inspect, table=table)
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers or 1, context) as pool:
-        results = pool.map(inspect, samples, chunksize=4) if workers else map(inspect, samples)
+    with pool(workers or 1) as executor:
+        results = executor.map(inspect, samples, chunksize=4) if workers else map(inspect, samples)
         for sample, result in track(zip(samples, results, strict=True), f"reading {split}", total=len(samples)):
             if isinstance(result, str):
                 found.problems.append(result)

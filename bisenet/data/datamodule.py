@@ -3,7 +3,8 @@
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from bisenet.classes import ClassTable
 from bisenet.data import datasets
+from bisenet.data.cache import DecodedCache
 from bisenet.data.datasets import Sample
-from bisenet.launch import ENDING_SIGNALS
+from bisenet.data.transforms import ScaleCrop
+from bisenet.launch import ENDING_SIGNALS, cores, pool
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +49,15 @@ class SegmentationDataModule(L.LightningDataModule):
         eval_window: (height, width) in pixels of the windows of protocols that crop.
         eval_short_side: protocols first resize each image to a shorter side of so many pixels; None: to none.
         batch_size: images per optimisation step, over all devices and all accumulated batches.
-        workers: data-loading processes per device; 0 loads in the main process. The data do not depend on it.
+        workers: data-loading processes per device; 0 loads in the main process; ``auto``: one for each core that the
+            devices' own processes leave, up to 16. The data do not depend on it.
         limit: use only the first so many images of every split; None: all.
         exif: what becomes of images that the camera notes to be shown turned or mirrored: ``apply`` (the label was
             drawn on the upright image), ``ignore`` (on the pixels as stored), or None: an error that names the file.
+        cache: ``memmap``: images are decoded once, into a file that all trainings read (see :mod:`bisenet.data.cache`);
+            ``ram``: and read into memory at the start; None: decoded whenever they are seen. The data do not depend
+            on it.
+        cache_root: folder of the caches.
 
     Raises:
         ValueError: a value outside its range, or a mistake in the class table; with :meth:`setup`, in the data set.
@@ -60,14 +68,19 @@ class SegmentationDataModule(L.LightningDataModule):
         augment: Sequence[Any] | Mapping[str, Any], seed: int, *, name: str = "", train_split: str = "train",
         val_split: str = "val", report_split: str = "val", mean: Sequence[float] = (0.3257, 0.3690, 0.3223),
         std: Sequence[float] = (0.2112, 0.2148, 0.2115), eval_window: Sequence[int] = (1024, 1024),
-        eval_short_side: int | None = None, batch_size: int = 16, workers: int = 2, limit: int | None = None,
-        exif: str | None = None,
+        eval_short_side: int | None = None, batch_size: int = 16, workers: int | str = "auto",
+        limit: int | None = None, exif: str | None = None, cache: str | None = None,
+        cache_root: str | Path = "outputs/cache",
     ) -> None:  # fmt: skip
         super().__init__()
-        most = sys.maxsize if limit is None else limit
-        for key, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("limit", most, 1)):
+        numbers = {"batch_size": (batch_size, 1), "workers": (0 if workers == "auto" else workers, 0),
+                   "limit": (1 if limit is None else limit, 1)}  # fmt: skip
+        for key, (value, least) in numbers.items():
             if not (isinstance(value, int) and value >= least):
-                raise ValueError(f"{key}: got {value}, accepted: an integer of at least {least}")
+                also = " or auto" * (key == "workers")
+                raise ValueError(f"{key}: got {value}, accepted: an integer of at least {least}{also}")
+        if cache not in ("memmap", "ram", None):
+            raise ValueError(f"cache: got {cache!r}, accepted: memmap | ram | null")
         transforms = list(augment.values()) if isinstance(augment, Mapping) else list(augment)
         if wrong := [step for step in transforms if not isinstance(step, A.BasicTransform | A.BaseCompose)]:
             raise ValueError(f"augment: got {wrong[0]!r}, accepted: transforms of albumentations")
@@ -81,6 +94,10 @@ class SegmentationDataModule(L.LightningDataModule):
         self.train_split, self.val_split, self.report_split = train_split, val_split, report_split
         self.mean, self.std, self.eval_window, self.eval_short_side = mean, std, eval_window, eval_short_side
         self.batch_size, self.workers, self.limit, self.exif = batch_size, workers, limit, exif
+        decode = partial(datasets.read_sample, table=self.table)
+        of = {"root": str(self.root.resolve()), "classes": self.table.to_dict()}
+        self._cache = cache and DecodedCache(Path(cache_root).expanduser(), of, decode, resident=cache == "ram")
+        self._read: datasets.Read = self._cache.read if self._cache else decode
         self._samples: dict[str, list[Sample]] = {}
         self._digests: dict[str, str] = {}
 
@@ -116,12 +133,14 @@ class SegmentationDataModule(L.LightningDataModule):
             samples = datasets.list_samples(self.dataset, split, self.exif)[: self.limit]
             for sample in samples:
                 datasets.check_headers(sample)
+            if self._cache:
+                self._cache.add(samples, partial(pool, cores()) if self.workers else None)
             # A few seconds at the size of Cityscapes, all labels of a small set.
-            masks = (datasets.read_mask(sample, self.table) for sample in _spread(samples, 400))
+            masks = self._masks(_spread(samples, 400))
             ignored = [(mask == self.table.ignore_index).all() for mask in masks]
             if all(ignored):  # as in the labels of Cityscapes' test split that are public
                 raise ValueError(f"split {split!r} of {self.root} has only ignored pixels, {datasets.NOT_SCORABLE}")
-            images = (datasets.read_sample(sample, self.table)[0] for sample in _spread(samples, 16))
+            images = (self._read(sample)[0] for sample in _spread(samples, 16))
             if max(image.max() for image in images) < 16:
                 raise ValueError(f"split {split!r} of {self.root} has only black images, {datasets.NEARLY_BLACK}")
             self._samples[split] = samples
@@ -145,13 +164,19 @@ class SegmentationDataModule(L.LightningDataModule):
 
     def examples(self, split: str, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Up to so many images and masks, evenly over a split and always the same (see ``datasets.read_sample``)."""
-        return [datasets.read_sample(sample, self.table) for sample in _spread(self.samples(split), most)]
+        return [self._read(sample) for sample in _spread(self.samples(split), most)]
+
+    def _masks(self, samples: Iterable[Sample]) -> Iterator[np.ndarray]:
+        """Without the images, where those need not be decoded."""
+        for sample in samples:
+            yield self._cache.view(sample)[1] if self._cache else datasets.read_mask(sample, self.table)
 
     def class_counts(self, split: str) -> np.ndarray:
         """Pixels of each train id in the labels of a split, int64 (C,). Reads all of them: tens of ms each."""
         counts = np.zeros(256, np.int64)
-        for sample in track(self.samples(split), "Counting classes", transient=True):
-            counts += np.bincount(datasets.read_mask(sample, self.table).ravel(), minlength=256)
+        samples = self.samples(split)
+        for mask in track(self._masks(samples), "Counting classes", len(samples), transient=True):
+            counts += np.bincount(mask.ravel(), minlength=256)
         return counts[: self.table.num_classes]
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -161,7 +186,12 @@ class SegmentationDataModule(L.LightningDataModule):
         start = self.trainer.global_step * parts if self.trainer else 0
         size = self.batch_size // parts  # the parts of a step in order are the step: its draws stay the same
         batches = datasets.TrainingBatches(len(samples), size, self.seed, start=start, rank=rank, world=world)
-        augmented = datasets.TrainingSet(samples, self.table, self.transform, self.seed)
+        # ScaleCrop reads the window that it needs and writes to nothing; another transform gets arrays of its own.
+        windowed = bool(self.transform.transforms) and isinstance(self.transform.transforms[0], ScaleCrop)
+        read = self._cache.view if self._cache and windowed else self._read
+        augmented = datasets.TrainingSet(samples, read, self.transform, self.seed)
+        if self.workers == "auto":
+            log.info("data.workers: auto took %d, of %d cores", self._workers(), cores())
         return self._loader(augmented, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -178,24 +208,31 @@ class SegmentationDataModule(L.LightningDataModule):
         samples = self.samples(split)
         if len(samples) < world:
             raise ValueError(f"split {split!r} of {self.root}: got {len(samples)} images, accepted: one per device")
-        return self._loader(datasets.EvaluationSet(samples, self.table), sampler=range(rank, len(samples), world))
+        return self._loader(datasets.EvaluationSet(samples, self._read), sampler=range(rank, len(samples), world))
 
     def _share(self) -> tuple[int, int, int]:
         """This process's rank, the number of processes, and how many batches of each make a step."""
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches) if trainer else (0, 1, 1)
 
+    def _workers(self) -> int:
+        """Data-loading processes of this process."""
+        trainer: Any = self.trainer
+        processes = trainer.world_size // trainer.num_nodes if trainer else 1  # on this machine
+        return min(16, max(0, cores() // processes - 1)) if self.workers == "auto" else int(self.workers)
+
     def _loader(self, dataset: Dataset[dict[str, Tensor]], **sampling: Iterable[Any]) -> DataLoader[dict[str, Tensor]]:
         cv2.setNumThreads(0)  # here: threads of OpenCV do not survive a fork, and contend with those of torch
+        workers = self._workers()
         return DataLoader(
             dataset,
             **sampling,  # type: ignore[arg-type]
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             worker_init_fn=_init_worker,
             # Where it is safe to, fork: a spawned worker needs seconds to import what its parent has.
-            multiprocessing_context="fork" if self.workers > 0 and sys.platform == "linux" else None,
+            multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
             generator=torch.Generator(),  # else each iterator takes a number from the generator that training uses
         )
 

@@ -9,7 +9,7 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,10 @@ class Sample:
         if self.label_file is None:
             raise ValueError(f"{self.image} has no label, {NOT_SCORABLE}")
         return self.label_file
+
+
+Read = Callable[[Sample], tuple[np.ndarray, np.ndarray]]
+"""What gives image and mask of a sample."""
 
 
 class IncompleteSplit(FileNotFoundError):
@@ -379,14 +383,17 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
 
 
 class TrainingSet(Dataset[dict[str, Tensor]]):
-    """Samples by (draw, index), augmented by an ``A.Compose``: ``image`` uint8 (3, H, W) and ``mask`` uint8 (H, W)."""
+    """Samples by (draw, index), augmented by an ``A.Compose``: ``image`` uint8 (3, H, W) and ``mask`` uint8 (H, W).
 
-    def __init__(self, samples: Sequence[Sample], table: ClassTable, transform: Any, seed: int) -> None:
-        self.samples, self.table, self.transform, self.seed = samples, table, transform, seed
+    ``read`` gives image and mask of a sample, as :func:`read_sample`.
+    """
+
+    def __init__(self, samples: Sequence[Sample], read: Read, transform: Any, seed: int) -> None:
+        self.samples, self.read, self.transform, self.seed = samples, read, transform, seed
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
         draw, index = item
-        image, mask = read_sample(self.samples[index], self.table)
+        image, mask = self.read(self.samples[index])
         key = np.random.SeedSequence((self.seed, _AUGMENTATION, draw)).generate_state(1)
         self.transform.set_random_seed(int(key[0]))
         augmented = self.transform(image=image, mask=mask)
@@ -399,14 +406,14 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 class EvaluationSet(Dataset[dict[str, Tensor]]):
     """Whole images, by index: ``image`` uint8 (3, H, W), ``mask`` uint8 (H, W) and ``index`` int64 ()."""
 
-    def __init__(self, samples: Sequence[Sample], table: ClassTable) -> None:
-        self.samples, self.table = samples, table
+    def __init__(self, samples: Sequence[Sample], read: Read) -> None:
+        self.samples, self.read = samples, read
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {**_to_tensors(*read_sample(self.samples[index], self.table)), "index": torch.tensor(index)}
+        return {**_to_tensors(*self.read(self.samples[index])), "index": torch.tensor(index)}
 
 
 def _to_tensors(image: np.ndarray, mask: np.ndarray) -> dict[str, Tensor]:

@@ -42,7 +42,8 @@ def module(
     loaded = SegmentationDataModule(lambda _: dataset, dataset.root, seed=seed, **arguments)  # type: ignore[arg-type]
     if trainer is not None:
         cpu = SimpleNamespace(root_device=torch.device("cpu"))
-        state = {"global_step": 0, "accumulate_grad_batches": 1, "global_rank": 0, "world_size": 1, "strategy": cpu}
+        state = {"global_step": 0, "accumulate_grad_batches": 1, "global_rank": 0, "world_size": 1, "num_nodes": 1,
+                 "strategy": cpu}  # fmt: skip
         loaded.trainer = SimpleNamespace(**{**state, **trainer})  # type: ignore[assignment]
     return loaded
 

@@ -41,11 +41,18 @@ def ends_step(trainer: Trainer, batch_idx: int) -> bool:
 
 
 class StepClock(Callback):
-    """Logs ``time/step`` (seconds of a whole step) and ``time/data`` (the part of it spent waiting for batches)."""
+    """Logs ``time/step`` (seconds of a whole step) and ``time/data`` (the part of it spent waiting for batches).
+
+    Warns once, after 50 steps that spent more than a tenth of their time so. The first 50 of a process, in which
+    workers start and libraries choose their algorithms, are passed over. What a process waits, its GPU waits as well:
+    :class:`NonFinite` keeps it from running ahead by more than a step.
+    """
 
     def __init__(self) -> None:
         self._step = self._data = 0.0  # of the step that has begun
         self._idle_since = perf_counter()
+        self._steps, self._warned = 0, False
+        self._stretch = np.zeros(2)  # seconds of both kinds since the last 50th step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The wait for the first batch begins."""
@@ -69,7 +76,21 @@ class StepClock(Callback):
         if ends_step(trainer, batch_idx):
             if is_logged(trainer):
                 pl_module.log_dict({"time/step": self._step, "time/data": self._data})
+            self._judge(trainer)
             self._step = self._data = 0.0
+
+    def _judge(self, trainer: Trainer) -> None:
+        self._steps += 1
+        self._stretch += self._step, self._data
+        if self._steps % 50 == 0:
+            step, data = self._stretch
+            if self._steps > 50 and data > 0.1 * step and not self._warned:
+                loader: Any = trainer.train_dataloader
+                log.warning("%.0f %% of the last 50 steps were spent waiting for data: give data.workers=<more than %d>, "
+                            "or data.cache=memmap, with which images are decoded once", 100 * data / step,
+                            loader.num_workers)  # fmt: skip
+                self._warned = True
+            self._stretch[:] = 0
 
 
 class LossScale(Callback):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import resource
 import struct
 import time
@@ -11,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -545,6 +547,30 @@ def test_the_training_step_reads_nothing_back() -> None:
     trainer.global_step = 9
     assert module.training_step(batch, 9).device.type == "meta"
     assert all(logged[f"train/kept/{name}"].device.type == "meta" for name in module.segmenter.network.head_names)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.05, 0), (0.3, 1)])
+def test_waiting_for_data_is_told_once_and_not_of_the_first_steps(
+    share: float, warned: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("bisenet.callbacks.perf_counter", lambda: now)
+    trainer: Any = SimpleNamespace(global_step=1, log_every_n_steps=10, accumulate_grad_batches=2,
+                                   train_dataloader=SimpleNamespace(num_workers=3))  # fmt: skip
+    clock, module = callbacks.StepClock(), MagicMock()
+    clock.on_train_start(trainer, module)
+    for batch in range(400):
+        now += 5 if batch < 100 else share
+        clock.on_train_batch_start(trainer, module, None, batch)
+        now += 1 - share
+        clock.on_train_batch_end(trainer, module, None, None, batch)
+        if batch == 198:
+            assert not caplog.records
+            now += 1000
+            clock.on_validation_end(trainer, module)
+    assert len(caplog.records) == warned
+    for record in caplog.records:
+        assert re.match(r"30 % of .* data\.workers=<more than 3>, or data\.cache=memmap", record.getMessage())
 
 
 # ---------------------------------------------------------------- debugging

@@ -524,6 +524,18 @@ def test_a_worker_that_is_killed_is_answered_by_one_line(sent: signal.Signals, t
     clear_frames(error.tb)
 
 
+@pytest.mark.parametrize(
+    ("cores", "processes", "nodes", "taken"),
+    [(1, 1, 1, 0), (2, 1, 1, 1), (8, 1, 1, 7), (64, 8, 1, 7), (64, 16, 2, 7), (128, 1, 1, 16), (4, 8, 1, 0)],
+)
+def test_workers_take_the_cores_that_the_processes_of_this_machine_leave(
+    cores: int, processes: int, nodes: int, taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bisenet.data.datamodule.cores", lambda: cores)
+    trainer = {"world_size": processes, "num_nodes": nodes}
+    assert module(SimpleNamespace(root=tmp_path), workers="auto", trainer=trainer)._workers() == taken
+
+
 def test_synthetic_set_is_written_and_read_as_cityscapes(tmp_path: Path) -> None:
     dataset = Synthetic(tmp_path / "scenes", train=2, val=1, test=1, size=[64, 128])
     loaded = module(dataset, classes="cityscapes", report_split="test")

@@ -86,9 +86,9 @@ class StepClock(Callback):
             step, data = self._stretch
             if self._steps > 50 and data > 0.1 * step and not self._warned:
                 loader: Any = trainer.train_dataloader
-                log.warning("%.0f %% of the last 50 steps were spent waiting for data: give data.workers=<more than %d>, "
-                            "or data.cache=memmap, with which images are decoded once", 100 * data / step,
-                            loader.num_workers)  # fmt: skip
+                log.warning("%.0f %% of the last 50 steps went into waiting for data: give data.workers=<more than %d> "
+                            "or data.cache=memmap, with which images are decoded once",
+                            100 * data / step, loader.num_workers)  # fmt: skip
                 self._warned = True
             self._stretch[:] = 0
 

@@ -98,7 +98,7 @@ def measure(given: Any, root: Path, folder: Path) -> None:
 
 def scenes(root: Path, number: int, photos: Path | None) -> Path:
     """Synthetic scenes in the layout of Cityscapes; enlarged photographs take the place of the images."""
-    import cv2
+    from PIL import Image
 
     from bisenet.data import Synthetic
 
@@ -107,7 +107,7 @@ def scenes(root: Path, number: int, photos: Path | None) -> Path:
     if photos:
         files = sorted(file for file in photos.rglob("*") if file.suffix.lower() in (".png", ".jpg"))
         for target, file in zip(images, files[:: max(1, len(files) // number)], strict=False):
-            cv2.imwrite(str(target), cv2.resize(cv2.imread(str(file)), SIZE[::-1], interpolation=cv2.INTER_CUBIC))
+            Image.open(file).convert("RGB").resize((SIZE[1], SIZE[0]), Image.Resampling.BICUBIC).save(target)
     return root
 
 

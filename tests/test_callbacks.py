@@ -570,7 +570,7 @@ def test_waiting_for_data_is_told_once_and_not_of_the_first_steps(
             clock.on_validation_end(trainer, module)
     assert len(caplog.records) == warned
     for record in caplog.records:
-        assert re.match(r"30 % of .* data\.workers=<more than 3>, or data\.cache=memmap", record.getMessage())
+        assert re.match(r"30 % of .* data\.workers=<more than 3> or data\.cache=memmap", record.getMessage())
 
 
 # ---------------------------------------------------------------- debugging

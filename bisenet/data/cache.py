@@ -195,7 +195,8 @@ class DecodedCache:
                 record = self._records[_key(sample)]
                 if record.contents == contents:  # touched, or copied: not changed
                     note(replace(record, stamps=stamps))
-            missing = self._missing(missing)
+            if not (missing := self._missing(missing)):
+                return
             shapes = [_header(sample) for sample in missing]
             sizes = [-(-_size(shape) // _ALIGNMENT) * _ALIGNMENT for shape in shapes]
             first = -(-self._end // _ALIGNMENT) * _ALIGNMENT
@@ -227,7 +228,7 @@ def _write(file: Path, offset: int, image: np.ndarray, mask: np.ndarray) -> None
         with file.open("r+b", buffering=0) as stream:
             stream.seek(offset)
             for array in (image, mask):
-                left = memoryview(array).cast("B")
+                left = array.reshape(-1).data
                 while left:  # a write may take a part, as at the end of a disk
                     left = left[stream.write(left) :]
     except OSError as error:
@@ -272,9 +273,9 @@ def _checksum(*arrays: np.ndarray) -> int:
         flat = array.reshape(-1)
         whole = flat.size // 4096 * 4096
         sums = flat[:whole].view(np.uint64).reshape(-1, 512).sum(1)
-        found = zlib.crc32(flat[whole:], zlib.crc32(sums, found))
+        found = zlib.crc32(flat[whole:].data, zlib.crc32(sums.tobytes(), found))
     return found
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.3g} GB"

@@ -352,13 +352,16 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def data_of(cfg: DictConfig, read: checkpoint.Checkpoint, given: Any) -> SegmentationDataModule:
-    """The data set that is given, else that of the training; ``cfg`` may move it."""
-    cfg.data = given or read.data_node()
-    for key, value in {"root": cfg.data_root, "workers": cfg.get("workers")}.items():
-        cfg.data[key] = cfg.data.get(key) if value is None else value
+    """The data set that is given, else that of the training; ``cfg`` may move it.
+
+    The training's cache is not taken over: no file decides where something is written.
+    """
+    node: Any = given or {k: v for k, v in read.data_node().items() if k not in ("cache", "cache_root")}
+    names = {"root": "data_root", "workers": "workers", "cache": "cache", "cache_root": "cache_root"}
+    cfg.data = node | {key: cfg[name] for key, name in names.items() if cfg.get(name) is not None}
     if given:
         return build(cfg, "data", augment=[], seed=0)
-    node: Any = OmegaConf.to_container(cfg.data)  # from a file
+    node = OmegaConf.to_container(cfg.data)  # from a file
     dataset = partial(checkpoint.build, node.pop("dataset"), list(cfg.trust), checkpoint.DATASETS)
     known = inspect.signature(SegmentationDataModule).parameters
     kept: Any = {key: value for key, value in node.items() if key in known}

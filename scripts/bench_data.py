@@ -5,14 +5,18 @@
     REFERENCE_ROOT=... python scripts/bench_data.py --photos /data/camvid/images     # photographs, enlarged
 
 The recipe is Cityscapes' of BiSeNetV2, crops of 512x1024, in one process; then through data loaders of several workers.
+A sample's time is that of its processor, which other work on the machine hardly changes; building and loaders, which
+wait for disks and for each other, are timed by the clock.
 PNGs of photographs are larger and slower to decode than those of synthetic scenes: the size of the files stands in the
 results. The reference normalises its images in the sample, ours are normalised on the device.
 """
 
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -71,17 +75,25 @@ def measure(given: Any, root: Path, folder: Path) -> None:
     if bench.has_reference():
         drawn = theirs(samples, folder)
         contenders["reference"] = lambda: list(islice(drawn, given.images))
-    seconds = bench.in_turn(contenders, given.rounds)
+    busy: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def timed(name: str) -> None:
+        started = time.process_time()
+        contenders[name]()
+        busy[name].append(time.process_time() - started)
+
+    seconds = bench.in_turn({name: partial(timed, name) for name in contenders}, given.rounds)
+    busy = {name: times[1:] for name, times in busy.items()}
 
     def row(what: str, name: str, target: float | None = None, note: str = "") -> bench.Row:
-        speed = given.images / sorted(seconds[name])[given.rounds // 2]
-        return bench.Row(what, speed, "samples/s per core", bench.ratio(seconds, name), target, note)
+        speed = given.images / statistics.median(busy[name])
+        return bench.Row(what, speed, "samples/s per core", bench.ratio(busy, name), target, note)
 
     rows = [
         row("training sample from files", "files"),
         row("training sample from the decoded cache", "cache", 15),
         row("the same, when a process reads a record for the first time", "first", note="its checksum is compared"),
-        bench.Row("building the cache", given.images / min(seconds["building"]), "images/s per core",
+        bench.Row("building the cache", given.images / statistics.median(seconds["building"]), "images/s per core",
                   bench.ratio(seconds, "decoding", to="building"), 1.2,
                   "ratio: its time to one pass of decoding; to stay below"),
     ]  # fmt: skip

@@ -129,7 +129,7 @@ class ColorJitter(A.ImageOnlyTransform):
         img = cv2.LUT(img, whole(pivot + contrast * (levels - pivot)).clip(0, 255).astype(np.uint8))
         mix = saturation * np.eye(3) + (1 - saturation) * np.array([grey, grey, grey])
         shift = 0.0005 - 0.5 if self.truncate else 0  # OpenCV rounds
-        return cv2.transform(img, np.c_[mix, [shift, shift, shift]])
+        return cv2.transform(img, np.c_[mix, [shift, shift, shift]], img)  # in place: new memory takes as long
 
 
 def _numbers(values: Any, least: float) -> bool:

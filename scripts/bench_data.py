@@ -61,9 +61,7 @@ def measure(given: Any, root: Path, folder: Path) -> None:
 
     def build() -> None:
         shutil.rmtree(folder / "built", ignore_errors=True)
-        built = DecodedCache(folder / "built", cache._of, cache._read)
-        built._of["root"] = str(root)
-        built.add(samples)
+        DecodedCache(folder / "built", cache._of, cache._read).add(samples)
 
     contenders: dict[str, Callable[[], Any]] = {
         "decoding": lambda: [read_sample(sample, from_files.table) for sample in samples],

@@ -78,7 +78,7 @@ class DecodedCache:
         self._read, self._resident = read, resident
         self._file, self._index = self.folder / "pixels.u8", self.folder / "index.jsonl"
         self._records: dict[str, _Record] = {}
-        self._checked: set[str] = set()
+        self._checked: set[int] = set()  # offsets
         self._map()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,10 +123,10 @@ class DecodedCache:
         """Image, RGB uint8 (H, W, 3), and mask, uint8 (H, W), not to be written to; read where they are used."""
         record = self._records[_key(sample)]
         image, mask = self._arrays(record)
-        if record.key not in self._checked:
+        if record.offset not in self._checked:
             if _checksum(image, mask) != record.checksum:
                 return self._repaired(sample, record)
-            self._checked.add(record.key)
+            self._checked.add(record.offset)
         return image, mask
 
     def read(self, sample: "Sample") -> Pixels:
@@ -179,15 +179,15 @@ class DecodedCache:
         if not (self.folder / "cache.json").exists():
             with replacing(self.folder / "cache.json") as stream:
                 stream.write(json.dumps(self._of, indent=2).encode())
-        with pool() if pool else nullcontext() as executor, self._index.open("a+b") as index:
-            run: Any = partial(executor.map, chunksize=4) if executor else map
+        with pool() if pool else nullcontext() as executor, self._index.open("a+b", buffering=0) as index:
+            run: Any = executor.map if executor else map
             if index.tell() and self._index.read_bytes()[-1:] != b"\n":
                 index.write(b"\n")  # after a line that a kill cut off
 
             def note(record: _Record) -> None:
                 line = json.dumps(asdict(record))
-                index.write(f"{zlib.crc32(line.encode()):08x} {line}\n".encode())
-                index.flush()
+                with _naming(self._index):
+                    index.write(f"{zlib.crc32(line.encode()):08x} {line}\n".encode())
                 self._records[record.key] = record
 
             known = [sample for sample in missing if _key(sample) in self._records]
@@ -200,7 +200,7 @@ class DecodedCache:
             shapes = [_header(sample) for sample in missing]
             sizes = [-(-_size(shape) // _ALIGNMENT) * _ALIGNMENT for shape in shapes]
             first = -(-self._end // _ALIGNMENT) * _ALIGNMENT
-            offsets = [int(offset) for offset in first + np.cumsum([0, *sizes[:-1]])] if sizes else []
+            offsets = (first + np.cumsum([0, *sizes[:-1]])).tolist()
             free = shutil.disk_usage(self.folder).free
             if sum(sizes) > free:
                 raise ValueError(
@@ -224,13 +224,18 @@ def _decode(sample: "Sample", offset: int, read: "Callable[[Sample], Pixels]", f
 
 
 def _write(file: Path, offset: int, image: np.ndarray, mask: np.ndarray) -> None:
+    with _naming(file), file.open("r+b", buffering=0) as stream:
+        stream.seek(offset)
+        for array in (image, mask):
+            left = array.reshape(-1).data
+            while left:  # a write may take a part, as at the end of a disk
+                left = left[stream.write(left) :]
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
     try:
-        with file.open("r+b", buffering=0) as stream:
-            stream.seek(offset)
-            for array in (image, mask):
-                left = array.reshape(-1).data
-                while left:  # a write may take a part, as at the end of a disk
-                    left = left[stream.write(left) :]
+        yield
     except OSError as error:
         raise OSError(error.errno, f"{file} cannot be written: {error.strerror}") from error
 
@@ -257,7 +262,7 @@ def _sources(sample: "Sample") -> tuple[list[list[int]], list[int]]:
 
 
 def _header(sample: "Sample") -> tuple[int, int]:
-    """Height and width; the other way round where the camera's note turns the image."""
+    """Height and width of the label, which has those of the image."""
     with Image.open(sample.label) as label:
         return label.size[1], label.size[0]
 

@@ -417,6 +417,6 @@ class EvaluationSet(Dataset[dict[str, Tensor]]):
 
 
 def _to_tensors(image: np.ndarray, mask: np.ndarray) -> dict[str, Tensor]:
-    planes = np.empty((image.shape[2], *image.shape[:2]), np.uint8)
+    planes: Any = np.empty((image.shape[2], *image.shape[:2]), np.uint8)
     cv2.split(np.ascontiguousarray(image), list(planes))  # four times as fast as NumPy's transposition
     return {"image": torch.from_numpy(planes), "mask": torch.from_numpy(np.ascontiguousarray(mask))}

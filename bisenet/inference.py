@@ -339,7 +339,10 @@ class Segmenter(nn.Module):
         precision: str = "fp32",
     ) -> None:
         super().__init__()
-        most, names_ok = max_pixels_per_batch, len(protocols) > 0 and all(re.fullmatch(r"\w[\w.-]*", name) for name in protocols)
+        most, names_ok = (
+            max_pixels_per_batch,
+            len(protocols) > 0 and all(re.fullmatch(r"\w[\w.-]*", name) for name in protocols),
+        )
         _require(
             ("mean", mean, _are_numbers(mean, 0, 1) and len(mean) == 3, "three values in [0, 1]"),
             ("std", std, _are_numbers(std, _TINY, 1) and len(std) == 3, "three values in (0, 1]"),
@@ -375,9 +378,9 @@ class Segmenter(nn.Module):
         return dict(zip(named, found, strict=True))
 
     def _network(self) -> nn.Module:
-        """The network that predicts: on a CPU, in fp32 and evaluation mode an accelerated copy, of the weights as they are.
+        """What predicts: on a CPU, in fp32 and evaluation mode an accelerated copy with the weights of the moment.
 
-        Elsewhere the network itself: folded weights round otherwise in half precision, and GPUs were not measured.
+        Elsewhere the network itself: in half precision folded weights round otherwise, and GPUs were not measured.
         """
         network, on_cpu = self.network, self.mean.device.type == "cpu"
         if network.training or not on_cpu or self.precision != "fp32" or network._compiled_call_impl is not None:

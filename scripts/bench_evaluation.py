@@ -25,7 +25,9 @@ def main() -> None:
     """Measure the protocols in turn, and the memory of each in its own process."""
     options = bench.parser(__doc__)
     options.add_argument("--checkpoint", help="a run or a .ckpt file of 19 classes; default: random weights")
-    options.add_argument("--model", default="bisenetv2", choices=["bisenetv1", "bisenetv2"], help="without a checkpoint")
+    options.add_argument(
+        "--model", default="bisenetv2", choices=["bisenetv1", "bisenetv2"], help="without a checkpoint"
+    )
     options.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
     options.add_argument("--images", type=int, default=1)
     options.add_argument("--size", type=int, nargs=2, default=[512, 1024], metavar=("HEIGHT", "WIDTH"))

@@ -124,6 +124,14 @@ def run(path: str, stride: int) -> None:
     loss.backward()
 
 
+def plan_of(stride: int) -> Any:
+    """Tiles of a head of the run on the CPU."""
+    size = IMAGE[0] // stride, IMAGE[1] // stride
+    shape = torch.Size((1, CLASSES, *size))
+    strides = torch.Size((CLASSES * math.prod(size), math.prod(size), size[1], 1))
+    return kernel._plan((shape, strides, torch.Size((1, *IMAGE))), False, kernel.specialize(classes=CLASSES), 128)
+
+
 def unrolled(source: list[str], bounds: dict[str, int]) -> dict[int, int]:
     """Copies of each line (from 1) that unrolling makes."""
     copies: dict[int, int] = defaultdict(lambda: 1)
@@ -236,19 +244,25 @@ def count(sass: str, lines: dict[int, Line], stride: int) -> dict[str, tuple[flo
         else range(0)
         for name, start in functions.items()
     }
-    near = {"stage": 128 // stride + 2, "gather": max(1, 128 // stride - 1)}
+    plan = plan_of(stride)
+    near = {  # threads that take these loops
+        ("ohem_forward", "stage"): plan.forward_tile[1] // stride + 2,
+        ("ohem_backward", "stage"): plan.backward_tile[1] + 2,
+        ("ohem_backward", "gather"): plan.backward_tile[1],
+    }
     pixels = math.prod(IMAGE)
 
-    def weight(chain: tuple[int, ...]) -> float:
+    def weight(kernel_name: str, chain: tuple[int, ...]) -> float:
         """Executions of an instruction, per pixel, of the copy that it is."""
         *inner, outermost = chain
         value = lines[outermost].executions / copies[outermost] if outermost in lines else 0.0
         for line in inner:
             if line in lines and lines[line].calls:
                 value *= lines[line].executions / lines[line].calls / copies[line]
-        for name, span in spans.items():
+        for function, span in spans.items():
             if any(line in span for line in inner):
-                value *= math.ceil(near[name] / 32) * 32 / near[name]
+                threads = near[kernel_name, function]
+                value *= math.ceil(threads / 32) * 32 / threads
         return value / pixels
 
     result = {}
@@ -271,7 +285,7 @@ def count(sass: str, lines: dict[int, Line], stride: int) -> dict[str, tuple[flo
                 block = blocks[-1]
                 block.instructions.append(found[2])
                 if chain:
-                    block.weights.append(weight(tuple(chain)))
+                    block.weights.append(weight(name, tuple(chain)))
                     block.chains.append(tuple(chain))
                 if found[2].startswith(("BRA", "EXIT", "RET", "CALL")):
                     block.goes_on = bool(found[1]) or found[2].startswith(("CALL", "BRA.DIV", "BRA.CONV"))

@@ -607,7 +607,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
 
     const float cut = selection->cut, share = selection->share;
     const float scale = selection->scale * *upstream;
-    const int width = int(full_w);
     const bool spread = columns * QUADS <= 2 * 32;  // else one thread for all classes needs fewer instructions
 
     for (int i = threadIdx.x; i <= last_y + 2 - first_y; i += blockDim.x)
@@ -647,7 +646,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
                 unsigned rows = 0;  // a bit for each of 32 rows of pixels, the first one on the left
                 const int count = min(32, end_y - y);
 #pragma unroll 8
-                for (int i = 0; i < count; ++i, map += width)
+                for (int i = 0; i < count; ++i, map += full_w)
                     rows = 2 * rows + unsigned(*map >= cut);
                 rows <<= 32 - count;
                 for (; bit <= last_bit; ++bit) {
@@ -696,18 +695,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
                 const float* const top = above[between.left];
                 const int to_below = has_bottom ? (cell & 1 ? -1 : 1) * COLUMNS * PAD : 0;
                 const float last = cell + 1 < int(h) ? 1.0f : 0.0f;
-                float y_here = float(row_starts[bit]);
-                int y = row_starts[bit];
-                const int cell_end = row_starts[bit + 1];
-                const int64 at = (image * full_h + y) * full_w + pixel;
+                const int cell_begin = row_starts[bit];
+                const int64 at = (image * full_h + cell_begin) * full_w + pixel;
                 const float* loss_here = losses + at;
                 const Label* label_here = target + at;
-                for (; y < cell_end; ++y, y_here += 1.0f, loss_here += width, label_here += width) {
+                const float cell_end = float(row_starts[bit + 1]);  // all numbers of rows are exact in float32
+                for (float y = float(cell_begin); y < cell_end; y += 1.0f, loss_here += full_w, label_here += full_w) {
                     const float value = *loss_here;
                     const int label = int(*label_here);
                     const float weight = value > cut ? 1.0f : value == cut ? share : 0.0f;
                     if (weight == 0.0f) continue;
-                    const float fraction = last * (vertical.source(y_here) - float(cell));
+                    const float fraction = last * (vertical.source(y) - float(cell));
                     const float own = between.score(top + label, to_below, fraction);
                     const float log_sum = fmaf(value, LOG2_E, own);
                     const float weight_below = weight * fraction, weight_above = weight - weight_below;

@@ -3,7 +3,7 @@
     REFERENCE_ROOT=/path/to/BiSeNet python scripts/bench_start.py
 
 Whole processes, in turn: imports, weights of BiSeNetV2, one PNG of 512x1024, its labels. The reference's has no GPU to
-move the network to, and is spared the import of torchvision.
+move the network to, and is spared the import of torchvision and the weights that its constructor would download.
 """
 
 import os
@@ -31,6 +31,8 @@ sys.path.insert(0, "{root}")
 import cv2
 import numpy
 import torch
+from torch.utils import model_zoo
+model_zoo.load_url = lambda *_, **__: {{}}
 import lib.data.transform_cv2 as transforms
 from lib.models import model_factory
 from configs import set_cfg_from_file

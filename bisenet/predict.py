@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
@@ -261,13 +261,13 @@ class Predictions:
             except UnusableInput as error:
                 problems[source] = str(error)
                 log.error("skipped: %s", error)
+                progress.advance(bar, not source.is_stream)
 
-        def read() -> Iterator[tuple[Source, np.ndarray | None, float]]:
+        def read() -> Generator[tuple[Source, np.ndarray, float]]:
             for source in self.sources:
                 decoded = self._frames(source, progress)
                 while source not in problems and (frame := attempt(source, next, decoded, None)):
                     yield source, *frame
-                yield source, None, 0.0  # its end
 
         def hand_over(function: Callable[..., None], *arguments: Any) -> None:
             while len(tasks) > 2:  # else frames would pile up
@@ -283,19 +283,19 @@ class Predictions:
             bar = progress.add_task("frames", total=len(self.sources))
             try:
                 for source, rgb, rate in _ahead(items, reader):
-                    progress.advance(bar, source.is_stream == (rgb is not None))
-                    if rgb is None:
-                        if outputs is not None:
-                            hand_over(outputs.close)
+                    if outputs is not None and outputs.source != source:
+                        hand_over(outputs.close)
                         outputs = None
-                    elif source not in problems:
-                        outputs = outputs or _Outputs(source, classes, self)
-                        before = time.perf_counter()
-                        mask = attempt(source, _segment, segmenter, rgb, source)
-                        if mask is not None:
-                            network_seconds += time.perf_counter() - before
-                            frames += 1
-                            hand_over(attempt, source, outputs.write, rgb, mask, rate)
+                    if source in problems:
+                        continue
+                    outputs = outputs or _Outputs(source, classes, self)
+                    before = time.perf_counter()
+                    mask = attempt(source, _segment, segmenter, rgb, source)
+                    if mask is not None:
+                        network_seconds += time.perf_counter() - before
+                        frames += 1
+                        hand_over(attempt, source, outputs.write, rgb, mask, rate)
+                        progress.advance(bar)
             except KeyboardInterrupt:
                 if isinstance(self.sources[0].origin, Path):  # a camera or a stream is alone
                     raise

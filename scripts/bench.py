@@ -117,11 +117,11 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str = "referenc
     return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
-def peak_of(function: Callable[..., Callable[[], Any]], *arguments: Any) -> int:
-    """Bytes by which a process grows, at most, while it does what ``function(*arguments)`` has prepared."""
+def peak_of(function: Callable[..., Callable[[], Any]], *arguments: Any, device: str = "cpu") -> int:
+    """Most bytes that what `function(*arguments)` has prepared takes beyond it, of its process or of a GPU."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_peak, args=(sender, function, arguments))
+    process = context.Process(target=_measure_peak, args=(sender, device, function, arguments))
     process.start()
     sender.close()
     grown = receiver.recv()
@@ -129,14 +129,25 @@ def peak_of(function: Callable[..., Callable[[], Any]], *arguments: Any) -> int:
     return grown
 
 
-def _measure_peak(sender: Any, function: Callable[..., Callable[[], Any]], arguments: Any) -> None:
+def _measure_peak(sender: Any, device: str, function: Callable[..., Callable[[], Any]], arguments: Any) -> None:
     work = function(*arguments)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark becomes what is in use
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        sender.send(torch.cuda.max_memory_allocated() - before)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark becomes what is in use
+        before = _resident("VmRSS")
+        work()
+        sender.send(_resident("VmHWM") - before)
+
+
+def _resident(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    before = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
-    work()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    sender.send(1024 * (next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) - before))
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def write(name: str, rows: Sequence[Row], **setup: Any) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 import bench
 
+LAYOUTS = ("contiguous", "channels_last")
+MEMORY = {("bisenetv2", "fp32, channels_last"): 0.6, ("bisenetv2", "fp16, channels_last, cuda"): 0.5}
+
 
 def main() -> None:
     """Measure the variants of both models in turn, and the memory of each in its own process."""
@@ -31,28 +34,30 @@ def main() -> None:
 
 def compare(model: str, batch: int, size: tuple[int, int], device: str, rounds: int, threads: int) -> list[bench.Row]:
     """Rows of one model: our step in each precision, beside the reference's in the first."""
-    precisions = ["fp16"] if device == "cuda" else ["fp32", "bf16"]
+    variants = [("fp16", "contiguous", "torch"), ("fp16", "channels_last", "torch"), ("fp16", "channels_last", "cuda")]
+    if device == "cpu":
+        variants = [(precision, layout, "torch") for precision in ("fp32", "bf16") for layout in LAYOUTS]
     shared = (model, batch, size, device, threads)
     makers: dict[str, Callable[[], Callable[[], None]]] = {}
-    for precision in precisions:
-        for layout in ("contiguous", "channels_last"):
-            makers[f"{precision} {layout}"] = partial(ours, *shared, precision, layout)
+    for variant in variants:
+        makers[", ".join(variant[: 2 if device == "cpu" else 3])] = partial(ours, *shared, *variant)
     if bench.has_reference():
-        makers["reference"] = partial(theirs, *shared, precisions[0])
+        makers["reference"] = partial(theirs, *shared, variants[0][0])
     seconds = bench.in_turn({name: make() for name, make in makers.items()}, rounds)
-    peaks = {name: bench.peak_of(make) for name, make in makers.items()}
+    peaks = {name: bench.peak_of(make, device=device) for name, make in makers.items()}
     rows = []
     for name in (name for name in makers if name != "reference"):
-        target = {"bisenetv2": 1.4, "bisenetv1": 1.3}[model] if name == "fp32 channels_last" else None
+        target = {"bisenetv2": 1.4, "bisenetv1": 1.3}[model] if name == "fp32, channels_last" else None
+        target = 2.5 if name == "bf16, channels_last" else 2.0 if name.endswith("cuda") else target
         less = [peaks[name] / peaks["reference"]] * 3 if "reference" in peaks else None
         what = f"step of {model}, {name}"
         rows.append(bench.Row(what, 1 / min(seconds[name]), "steps/s", bench.ratio(seconds, name), target))
-        rows.append(bench.Row(f"{what}: peak memory", peaks[name] / 2**30, "GiB", less, 0.6 if target else None))
+        rows.append(bench.Row(f"{what}: peak memory", peaks[name] / 2**30, "GiB", less, MEMORY.get((model, name))))
     return rows
 
 
 def ours(
-    model: str, batch: int, size: tuple[int, int], device: str, threads: int, precision: str, layout: str
+    model: str, batch: int, size: tuple[int, int], device: str, threads: int, precision: str, layout: str, loss: str
 ) -> Callable[[], None]:
     """A step of ``bisenet train``, without Lightning around it."""
     import torch
@@ -63,10 +68,13 @@ def ours(
 
     torch.set_num_threads(threads)
     with initialize_config_dir(bisenet.conf_dir(), version_base="1.3"):
-        cfg = compose("train", [f"model={model}", "data=cityscapes", "trainer=cityscapes", "run_dir=."])
+        cfg = compose(
+            "train",
+            [f"model={model}", "data=cityscapes", "trainer=cityscapes", "run_dir=.", f"loss.criterion.impl={loss}"],
+        )
     data = experiment.build_data(cfg)
     module = experiment.build_module(cfg, data, experiment.build_segmenter(cfg, data)).to(device)
-    network, loss = module.segmenter.network, module.loss
+    network, criteria = module.segmenter.network, module.loss
     if layout == "channels_last":
         network.to(memory_format=torch.channels_last)
     optimizer, _ = module.optimizer_factory(network)
@@ -78,7 +86,7 @@ def ours(
         optimizer.zero_grad()
         with torch.autocast(device, dtype, enabled=precision != "fp32"):
             output = network(module.segmenter.normalize(image))
-            total = loss(output, label, align_corners=bool(network.align_corners)).total
+            total = criteria(output, label, align_corners=bool(network.align_corners)).total
         scaler.scale(total).backward()
         scaler.step(optimizer)
         scaler.update()

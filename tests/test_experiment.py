@@ -486,8 +486,12 @@ def test_a_new_run_takes_up_the_training_of_another(unevaluated: tuple[Path, lis
 def test_one_process_at_a_time_works_in_a_directory(finished: Path, scenes: list[str], tmp_path: Path) -> None:
     owner = f"in use by process {os.getpid()} on {socket.gethostname()}"
     with launch.alone_in(finished):
-        for command in (["train.py", f"resume={finished}", "trust=[kill]"], ["train.py", f"hydra.run.dir={finished}"],
-                        ["evaluate.py", "checkpoint=x", f"hydra.run.dir={finished}"]):  # fmt: skip
+        for command in (
+            ["train.py", f"resume={finished}", "trust=[kill]"],
+            ["train.py", f"hydra.run.dir={finished}"],
+            ["evaluate.py", "checkpoint=x", f"hydra.run.dir={finished}"],
+            ["predict.py", f"checkpoint={finished}", f"input={finished}/figures", f"output={finished}"],
+        ):
             refused = script(*command, cwd=tmp_path)
             assert refused.returncode == 1
             assert owner in refused.stderr

@@ -15,6 +15,7 @@ import reprlib
 import socket
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -97,11 +98,13 @@ class Checkpoint:
         """
         n_classes, size = self.classes.num_classes, self.path.stat().st_size
         try:
-            if self.network.get("_target_") in NETWORKS:  # before it costs memory
+            own = self.network.get("_target_") in NETWORKS
+            if own:  # before it costs memory
                 _Differences(_shapes_of(self.network, n_classes), self.weights).require_fit()
             if sum(tensor.nbytes for tensor in self.weights.values()) > size:  # repeated by strides of 0
                 raise ValueError("its weights claim more memory than the file has bytes")
-            with torch.random.fork_rng(devices=[]):  # the caller's generators are not ours
+            initialising = _WithoutInitialising() if own else nullcontext()  # takes a while, and is replaced
+            with torch.random.fork_rng(devices=[]), initialising:  # the caller's generators are not ours
                 network = build(self.network, trust, n_classes=n_classes)
             network.load_state_dict(self.weights)
             return self._around(network, protocols)

@@ -55,7 +55,11 @@ class Deployed(nn.Module):
 
     def __init__(self, segmenter: Segmenter, output: str, normalization: str, half: bool) -> None:
         super().__init__()
-        self.network = fold(segmenter.network)
+        try:
+            self.network = fold(segmenter.network)
+        except ValueError as error:
+            log.warning("batch norm is not folded: %s", error)
+            self.network = deepcopy(segmenter.network).eval()
         self.align_corners, self.output, self.half_precision = bool(segmenter.network.align_corners), output, half
         self.register_buffer("mean", segmenter.mean.clone())
         self.register_buffer("std", segmenter.std.clone())

@@ -12,8 +12,9 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bisenet.networks.blocks import accelerate
 
 if TYPE_CHECKING:
     from bisenet.classes import ClassTable
@@ -158,8 +161,9 @@ def resize(x: Tensor, size: Size, *, align_corners: bool) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 
 
+@torch.no_grad()
 def predict(
-    network: nn.Module, image: Tensor, protocols: Sequence[Protocol], max_pixels_per_batch: int
+    network: nn.Module, image: Tensor, protocols: Sequence[Protocol], max_pixels_per_batch: int | None = None
 ) -> list[Prediction]:
     """Predict under several protocols in one pass; one prediction for each, in order.
 
@@ -167,45 +171,38 @@ def predict(
     scores of whole views before their softmax, and the probabilities of views in windows after it; in between the
     logits are upsampled to the tile as the network's generation does it. One whole view needs no softmax.
 
-    Memory: beside the network's own, the sum of each protocol that has several views, (B, C, H, W) float32, and about
-    three times the scores of the largest view; for one whole view about 1 GiB and 32 bytes a pixel.
+    Memory: the network's own, and then beside all logits at its stride the scores (B, C, H, W) of the image, twice, and
+    of the largest view, float32; of a protocol with windows also those of two windows.
 
     Args:
         network: returns ``SegmentationOutput``; has ``align_corners``.
         image: (B, 3, H, W) float, normalised.
         protocols: what to predict under.
-        max_pixels_per_batch: tiles of one view are batched up to so many pixels, at least one.
+        max_pixels_per_batch: tiles of one view are batched up to so many pixels, at least one; None: one at a time on a
+            CPU, which batches make no faster, else up to 2**22.
     """
     size: Size = (image.shape[-2], image.shape[-1])
     align_corners = bool(network.align_corners)
+    most = (1 if image.device.type == "cpu" else 2**22) if max_pixels_per_batch is None else max_pixels_per_batch
     users: dict[View, list[tuple[int, list[Tile]]]] = {}
     for i, protocol in enumerate(protocols):
         for view, tiles in views(protocol, size):
             users.setdefault(view, []).append((i, tiles))
-    left = [len(protocol.scales) for protocol in protocols]
     seconds = [0.0] * len(protocols)
-    scores: dict[int, Tensor] = {}
-    train_ids: dict[int, Tensor] = {}
+    logits: dict[View, dict[Tile, Tensor]] = {}
     for view, wanted in users.items():
         started = _now(image)
         resized = resize(resize(image, view.start, align_corners=False), view.size, align_corners=True)
-        logits = _forward(network, resized, [tiles for _, tiles in wanted], max_pixels_per_batch)
+        logits[view] = _forward(network, resized, [tiles for _, tiles in wanted], most)
         passed = _now(image) - started
         for i, tiles in dict(wanted).items():
-            seconds[i] += passed * _pixels(tiles) / _pixels(logits)
-        for i, tiles in wanted:
-            started, protocol = _now(image), protocols[i]
-            left[i] -= 1
-            if len(protocol.scales) == 1 and not protocol.flip and not protocol.crop:
-                train_ids[i] = _classify(logits[tiles[0]], view.size, size, align_corners=align_corners)
-            else:
-                merged = _merge(protocol, tiles, logits, view.size, size, align_corners=align_corners)
-                scores[i] = scores[i].add_(merged) if i in scores else merged
-                del merged  # it would last until the next one is made
-                if not left[i]:  # so that no more sums are held than must be
-                    train_ids[i] = scores.pop(i).argmax(dim=1)
-            seconds[i] += _now(image) - started
-    return [Prediction(train_ids[i], seconds[i]) for i in range(len(protocols))]
+            seconds[i] += passed * _pixels(tiles) / _pixels(logits[view])
+    found: list[Prediction] = []
+    for protocol, before in zip(protocols, seconds, strict=True):
+        started = _now(image)
+        train_ids = _merge(protocol, size, logits, align_corners=align_corners)
+        found.append(Prediction(train_ids, before + _now(image) - started))
+    return found
 
 
 def _pixels(tiles: Iterable[Tile]) -> int:
@@ -228,7 +225,7 @@ def _forward(network: nn.Module, view: Tensor, wanted: Iterable[Iterable[Tile]],
         most = max(1, max_pixels // (len(view) * math.prod(size)))
         for first in range(0, len(tiles), most):
             batch = tiles[first : first + most]
-            output = network(torch.cat([_cut(view, tile) for tile in batch])).logits.float()
+            output = network(torch.cat([_cut(view, tile) for tile in batch])).logits.float().contiguous()
             logits.update(zip(batch, output.split(len(view)), strict=True))
     return logits
 
@@ -260,38 +257,59 @@ def _classify(logits: Tensor, view: Size, size: Size, *, align_corners: bool) ->
 
 
 def _merge(
-    protocol: Protocol, tiles: list[Tile], logits: dict[Tile, Tensor], view: Size, size: Size, *, align_corners: bool
+    protocol: Protocol, size: Size, logits: Mapping[View, Mapping[Tile, Tensor]], *, align_corners: bool
 ) -> Tensor:
-    """Scores (B, C, H, W) of one view, to be summed over the views of the protocol."""
-    activation = F.log_softmax if protocol.merge == "log_prob" else F.softmax
+    """Train ids (B, H, W) of a protocol, from the logits of all its tiles."""
+    shown = list(views(protocol, size))
+    first, tiles = shown[0]
+    some = logits[first][tiles[0]]
+    if len(shown) == len(tiles) == 1 and not protocol.crop:
+        return _classify(some, first.size, size, align_corners=align_corners)
+    sizes = [view.size for view, _ in shown]
+    tile_scores, scores = _room(some, [tile.size for _, tiles in shown for tile in tiles]), _room(some, [size])
+    view_scores = _room(some, sizes) if protocol.crop else scores
 
-    def upsampled(tile: Tile) -> Tensor:
-        x = resize(logits[tile], tile.size, align_corners=align_corners)
-        x = x if protocol.crop else resize(x, size, align_corners=True)
+    def score(view: View, tile: Tile) -> Tensor:
+        x = _upsample(logits[view][tile], tile_scores(tile.size), align_corners=align_corners)
+        if not protocol.crop and tile.size != size:
+            x = _upsample(x, scores(size), align_corners=True)
+        x = (torch.log_softmax if protocol.merge == "log_prob" else torch.softmax)(x, 1, out=x)
         return x.flip(-1) if tile.mirrored else x
 
-    def score(tile: Tile) -> Tensor:
-        total = activation(upsampled(tile), dim=1)
-        if protocol.flip:
-            total += activation(upsampled(tile._replace(mirrored=True)), dim=1)
-        return total
+    total = some.new_zeros(*some.shape[:2], *size)
+    for view, tiles in shown:
+        if not protocol.crop:
+            for tile in tiles:
+                total += score(view, tile)
+            continue
+        height, width = view.size
+        summed, times = view_scores(view.size).zero_(), some.new_zeros(height, width)
+        for tile in (tile for tile in tiles if not tile.mirrored):
+            inside = (..., slice(max(tile.top, 0), tile.bottom), slice(max(tile.left, 0), tile.right))
+            within = (..., slice(max(-tile.top, 0), height - tile.top), slice(max(-tile.left, 0), width - tile.left))
+            part = score(view, tile._replace(mirrored=protocol.flip))  # the mirrored one has memory of its own
+            if protocol.flip:
+                part += score(view, tile)
+            if protocol.merge == "reference" and protocol.flip:
+                part = part.exp_()
+            summed[inside] += part[within]
+            times[inside] += 1
+        if protocol.merge != "reference":
+            summed /= times
+        total += summed if view.size == size else _upsample(summed, scores(size), align_corners=True)
+    return total.max(dim=1).indices  # on a CPU several times as fast as argmax
 
-    if not protocol.crop:
-        return score(tiles[0])
-    height, width = view
-    some = logits[tiles[0]]
-    total, times = some.new_zeros(*some.shape[:2], height, width), some.new_zeros(height, width)
-    for tile in (tile for tile in tiles if not tile.mirrored):
-        inside = (..., slice(max(tile.top, 0), tile.bottom), slice(max(tile.left, 0), tile.right))
-        within = (..., slice(max(-tile.top, 0), height - tile.top), slice(max(-tile.left, 0), width - tile.left))
-        part = score(tile)
-        if protocol.merge == "reference" and protocol.flip:
-            part = part.exp_()
-        total[inside] += part[within]
-        times[inside] += 1
-    if protocol.merge != "reference":
-        total /= times
-    return resize(total, size, align_corners=True)
+
+def _room(like: Tensor, sizes: Iterable[Size]) -> Callable[[Size], Tensor]:
+    """Memory (B, C, h, w) for one after the other of some sizes: new memory takes as long as what is written there."""
+    batch, classes = like.shape[:2]
+    memory = like.new_empty(batch * classes * max(map(math.prod, sizes)))
+    return lambda size: memory[: batch * classes * math.prod(size)].view(batch, classes, *size)
+
+
+def _upsample(x: Tensor, out: Tensor, *, align_corners: bool) -> Tensor:
+    """As :func:`resize`, into memory that is there."""
+    return torch.ops.aten.upsample_bilinear2d.out(x, out.shape[-2:], align_corners, None, None, out=out)
 
 
 class Segmenter(nn.Module):
@@ -303,7 +321,7 @@ class Segmenter(nn.Module):
         mean, std: of RGB values, mean in [0, 1] and standard deviation in (0, 1].
         protocols: name -> how an image becomes a prediction; the first is the one that :meth:`forward` and
             :meth:`predict` use. Names become part of scores and files.
-        max_pixels_per_batch: bounds what is forwarded at a time, as in :func:`predict`.
+        max_pixels_per_batch: bounds what is forwarded at a time, as in :func:`predict`; None: by the device.
         precision: ``fp32``, or mixed with ``fp16`` or ``bf16``, of every prediction, also within a training.
     """
 
@@ -317,16 +335,19 @@ class Segmenter(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         protocols: Mapping[str, Protocol],
-        max_pixels_per_batch: int = 4 * 1024**2,
+        max_pixels_per_batch: int | None = None,
         precision: str = "fp32",
     ) -> None:
         super().__init__()
-        names_ok = len(protocols) > 0 and all(re.fullmatch(r"\w[\w.-]*", name) for name in protocols)
+        most, names_ok = (
+            max_pixels_per_batch,
+            len(protocols) > 0 and all(re.fullmatch(r"\w[\w.-]*", name) for name in protocols),
+        )
         _require(
             ("mean", mean, _are_numbers(mean, 0, 1) and len(mean) == 3, "three values in [0, 1]"),
             ("std", std, _are_numbers(std, _TINY, 1) and len(std) == 3, "three values in (0, 1]"),
             ("protocol", list(protocols), names_ok, "at least one, each a name of letters, digits, '_', '-' and '.'"),
-            ("max_pixels_per_batch", max_pixels_per_batch, _are_numbers([max_pixels_per_batch], 1), "at least 1"),
+            ("max_pixels_per_batch", most, most is None or _are_numbers([most], 1, whole=True), "null or at least 1"),
             ("precision", precision, precision in _AUTOCAST, " | ".join(_AUTOCAST)),
         )
         self.network = network
@@ -335,6 +356,7 @@ class Segmenter(nn.Module):
         self.protocols = dict(protocols)
         self.max_pixels_per_batch = max_pixels_per_batch
         self.precision = precision
+        self._faster: tuple[object, nn.Module] | None = None  # a tuple, since it is no part of the model
         # In units of raw pixels, so that normalising a uint8 image is one subtraction and one multiplication.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -352,8 +374,23 @@ class Segmenter(nn.Module):
         """(B, 3, H, W) uint8 RGB -> what each of the protocols that are named predicts."""
         named = {name: self.protocols[name] for name in names}
         with torch.autocast(image.device.type, _AUTOCAST[self.precision], enabled=self.precision != "fp32"):
-            found = predict(self.network, self.normalize(image), list(named.values()), self.max_pixels_per_batch)
+            found = predict(self._network(), self.normalize(image), list(named.values()), self.max_pixels_per_batch)
         return dict(zip(named, found, strict=True))
+
+    def _network(self) -> nn.Module:
+        """What predicts: on a CPU, in fp32 and evaluation mode an accelerated copy with the weights of the moment.
+
+        Elsewhere the network itself: in half precision folded weights round otherwise, and GPUs were not measured.
+        """
+        network, on_cpu = self.network, self.mean.device.type == "cpu"
+        if network.training or not on_cpu or self.precision != "fp32" or network._compiled_call_impl is not None:
+            self._faster = None
+            return network
+        tensors = chain(network.parameters(), network.buffers())
+        weights = id(network), [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+        if self._faster is None or self._faster[0] != weights:
+            self._faster = weights, accelerate(network)
+        return self._faster[1]
 
     @torch.inference_mode()
     def predict(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -6,13 +6,14 @@ import logging
 import os
 import re
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlparse
 
 import cv2
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 _KINDS = ("overlay", "palette", "train_ids", "label_ids")
@@ -237,7 +239,7 @@ class Predictions:
         return {kind: self.folder / kind / f"{source.name}{suffixes.get(kind, default)}" for kind in self.kinds}
 
     def run(self, segmenter: "Segmenter") -> list[str]:
-        """Segment every source and write.
+        """Segment every source and write; the next frame is read, and the ones before are written, in threads.
 
         A stream ends early where its file does; what came before is kept. Ctrl-C ends a camera or a stream.
 
@@ -248,34 +250,68 @@ class Predictions:
         if self.legend and (self.overwrite or not (self.folder / "legend.png").exists()):
             drawn = legend(classes.names, classes.palette, range(classes.num_classes), width=1024)
             _write_file(self.folder / "legend.png", _encode(drawn, ".png"))
-        problems: list[str] = []
+        problems: dict[Source, str] = {}
+        outputs: _Outputs | None = None
+        tasks: deque[Future[None]] = deque()
         frames, network_seconds, started = 0, 0.0, time.perf_counter()
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-            bar = progress.add_task("frames", total=len(self.sources))
+
+        def attempt(source: Source, function: Callable[..., Any], *arguments: Any) -> Any:
+            try:
+                return function(*arguments)
+            except UnusableInput as error:
+                problems[source] = str(error)
+                log.error("skipped: %s", error)
+                progress.advance(bar, not source.is_stream)
+
+        def read() -> Generator[tuple[Source, np.ndarray, float]]:
             for source in self.sources:
-                try:
-                    with closing(_Outputs(source, classes, self)) as outputs:
-                        for rgb, rate in self._frames(source, progress):
-                            before = time.perf_counter()
-                            mask = _segment(segmenter, rgb, source)
-                            network_seconds += time.perf_counter() - before
-                            outputs.write(rgb, mask, rate)
-                            frames += 1
-                            progress.advance(bar)
-                except UnusableInput as error:
-                    problems.append(str(error))
-                    log.error("skipped: %s", error)
-                    progress.advance(bar, not source.is_stream)
-                except KeyboardInterrupt:
-                    if isinstance(source.origin, Path):
-                        raise
+                decoded = self._frames(source, progress)
+                while source not in problems and (frame := attempt(source, next, decoded, None)):
+                    yield source, *frame
+
+        def hand_over(function: Callable[..., None], *arguments: Any) -> None:
+            while len(tasks) > 2:  # else frames would pile up
+                tasks.popleft().result()
+            tasks.append(writer.submit(function, *arguments))
+
+        with (
+            Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress,
+            closing(read()) as items,
+            ThreadPoolExecutor(1, "reader") as reader,
+            ThreadPoolExecutor(1, "writer") as writer,
+        ):
+            bar = progress.add_task("frames", total=len(self.sources))
+            try:
+                for source, rgb, rate in _ahead(items, reader):
+                    if outputs is not None and outputs.source != source:
+                        hand_over(outputs.close)
+                        outputs = None
+                    if source in problems:
+                        continue
+                    outputs = outputs or _Outputs(source, classes, self)
+                    before = time.perf_counter()
+                    mask = attempt(source, _segment, segmenter, rgb, source)
+                    if mask is not None:
+                        network_seconds += time.perf_counter() - before
+                        frames += 1
+                        hand_over(attempt, source, outputs.write, rgb, mask, rate)
+                        progress.advance(bar)
+            except KeyboardInterrupt:
+                if isinstance(self.sources[0].origin, Path):  # a camera or a stream is alone
+                    raise
+            finally:
+                writer.shutdown()
+                if outputs is not None:
+                    outputs.close()
+            for task in tasks:
+                task.result()
         seconds = time.perf_counter() - started
         log.info(
             "%d of %d inputs, %d frames in %.1f s: %.2f frames per second, the network alone %.2f; written to %s",
             len(self.sources) - len(problems), len(self.sources), frames, seconds, frames / seconds,
             frames / network_seconds if network_seconds else 0, self.folder,
         )  # fmt: skip
-        return problems
+        return list(problems.values())
 
     def _frames(self, source: Source, progress: Progress) -> Iterator[tuple[np.ndarray, float]]:
         """RGB uint8 (H, W, 3) each, and how many make a second."""
@@ -299,6 +335,14 @@ class Predictions:
             raise UnusableInput(f"{source} cannot be read: not there, damaged, or of an unknown codec")
         if number < announced:
             log.warning("%s ended after %d of the %d frames that it announces", source, number, announced)
+
+
+def _ahead(items: Iterator[_T], thread: Executor) -> Iterator[_T]:
+    """The items; while one is used, the thread makes the next."""
+    following = thread.submit(next, items, None)
+    while (item := following.result()) is not None:
+        following = thread.submit(next, items, None)
+        yield item
 
 
 def _segment(segmenter: "Segmenter", rgb: np.ndarray, source: Source) -> np.ndarray:
@@ -385,5 +429,8 @@ def _draft(target: Path) -> Path:
 
 def _write_file(target: Path, content: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    _draft(target).write_bytes(content)
-    os.replace(_draft(target), target)
+    try:
+        _draft(target).write_bytes(content)
+        os.replace(_draft(target), target)
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(target)) from error

@@ -80,14 +80,16 @@ def reference(module: str) -> Any:
     from torch.utils import model_zoo
 
     sys.path.insert(0, os.environ["REFERENCE_ROOT"])
-    for name in ("tabulate", "tqdm", "torchvision"):
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
-            sys.modules[name] = MagicMock(tqdm=iter)
+    missing = [name for name in ("tabulate", "tqdm", "torchvision") if importlib.util.find_spec(name) is None]
+    sys.modules.update({name: MagicMock(tqdm=iter) for name in missing})
     model_zoo.load_url = lambda *_, **__: {}
     if not torch.cuda.is_available():
         for kind in (torch.Tensor, torch.nn.Module):
             kind.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
-    return importlib.import_module(module)
+    imported = importlib.import_module(module)
+    for name in missing:  # others look whether they are installed
+        del sys.modules[name]
+    return imported
 
 
 def has_reference() -> bool:

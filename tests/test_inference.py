@@ -271,9 +271,9 @@ presets = [replace(p, scales=[0.5, 1.75]) if len(p.scales) > 1 else p
            for p in all_presets(window=[window, window]).values()]  # the smallest and the largest view
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 with torch.inference_mode():
-    predict(network, torch.randn(1, 3, 64, 64), presets, 4 * 1024**2)
+    predict(network, torch.randn(1, 3, 64, 64), presets)
     before = peak()
-    predict(network, torch.randn(1, 3, height, width), presets, 4 * 1024**2)
+    predict(network, torch.randn(1, 3, height, width), presets)
 print((peak() - before) / 2**30)
 """
 
@@ -318,6 +318,106 @@ def test_predictions_have_their_own_precision_within_a_training(precision: str, 
         inside = segmenter(image)
     assert computed == [dtype] * 2
     assert torch.equal(inside, outside)
+
+
+def shaken(network: nn.Module) -> nn.Module:
+    """In evaluation mode, with norms that do something."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.get_buffer("running_mean"), std=0.2)
+            nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2)
+    return network.eval()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("make", [BiSeNetV1, partial(BiSeNetV1, generation="older", norm="inplace_abn"), BiSeNetV2])
+def test_the_accelerated_copy_predicts_the_same(
+    make: Any, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(blocks, "prefers_channels_last", lambda: channels_last)
+    network = shaken(make(11))
+    segmenter = segmenter_of(network, ss=Protocol(), msf=Protocol([0.75, 1.5], flip=True))
+    image = torch.randint(0, 256, (2, 3, 97, 130), dtype=torch.uint8)
+    names = ["ss", "msf"]
+    found = segmenter.predictions(image, names)
+    fast = segmenter._network()
+    assert fast is not network
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in fast.modules()) <= 1
+    weight = next(p for p in fast.parameters() if p.dim() == 4 and min(p.shape) > 1)
+    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    plain = predict(network, segmenter.normalize(image), [segmenter.protocols[name] for name in names])
+    for name, expected in zip(names, plain, strict=True):
+        assert (found[name].train_ids != expected.train_ids).sum() <= 2  # ties
+        assert expected.train_ids.unique().numel() > 1
+
+
+def test_predictions_follow_the_weights_and_are_no_part_of_the_model() -> None:
+    torch.manual_seed(0)
+    network = shaken(BiSeNetV2(5, width_multiplier=0.25))
+    segmenter, image = segmenter_of(network), torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    keys, count = list(segmenter.state_dict()), len(list(segmenter.modules()))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+
+    def follows() -> nn.Module:
+        x = segmenter.normalize(image)
+        with torch.no_grad():
+            torch.testing.assert_close(segmenter._network()(x)[0], network(x).logits, rtol=1e-3, atol=1e-3)
+        assert segmenter._network() is segmenter._network()  # made once
+        return segmenter._network()
+
+    copies = [follows()]
+    network.train()(segmenter.normalize(image)).logits.square().mean().backward()  # and its norms see other images
+    copies.append(segmenter.eval() and follows())
+    optimizer.step()
+    copies.append(follows())
+    network.load_state_dict(BiSeNetV2(5, width_multiplier=0.25).state_dict())
+    copies.append(follows())
+    segmenter.network = network = shaken(BiSeNetV2(5, width_multiplier=0.25))
+    copies.append(follows())
+    assert len({id(copy) for copy in copies}) == len(copies)
+    assert list(segmenter.state_dict()) == keys
+    assert len(list(segmenter.modules())) == count
+
+
+class Flattening(nn.Module):
+    """A network that channels_last breaks."""
+
+    align_corners, head_names = False, ("conv",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 11, 8, 8), nn.BatchNorm2d(11)
+
+    def forward(self, image: Tensor) -> SegmentationOutput:
+        x = self.bn(self.conv(image))
+        return SegmentationOutput(x.view(x.shape[0], -1).view(x.shape), ())
+
+
+def test_what_cannot_be_accelerated_predicts_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    for network, why in ((Patches(), "cannot be traced"), (Flattening(), "view")):
+        segmenter = segmenter_of(network.eval())
+        assert segmenter._network() is network
+        assert f"{type(network).__name__} predicts as it is: " in caplog.text
+        assert why in caplog.text
+        assert segmenter(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 64, 64)
+    network = shaken(BiSeNetV2(11, width_multiplier=0.25))
+    segmenter = segmenter_of(network)
+    assert segmenter._network() is not network
+    assert segmenter.train()._network() is network
+    half = Segmenter(network.eval(), CLASSES, [0.4] * 3, [0.3] * 3, {"ss": Protocol()}, precision="bf16")
+    assert half._network() is network
+
+
+def test_on_a_cpu_the_network_sees_one_tile_at_a_time_unless_told() -> None:
+    network, image = Patches(), torch.randn(1, 3, 64, 100)
+    protocol = Protocol([1, 1.5], flip=True, crop=True, window=[32, 48])
+    predict(network, image, [protocol])
+    assert {shape[0] for shape in network.seen} == {1}
+    network.seen.clear()
+    predict(network, image, [protocol], 10 * 32 * 48)
+    assert max(shape[0] for shape in network.seen) == 10
 
 
 def test_normalisation_is_that_of_the_data_set() -> None:

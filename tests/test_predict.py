@@ -1,7 +1,10 @@
 """Images, folders, globs and videos in; overlays, masks and ids out; nothing lost, nothing replaced unasked."""
 
+import errno
 import logging
+import os
 import re
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_inference import Patches
 
+from bisenet import predict
 from bisenet.classes import ClassTable, SegmentationClass
 from bisenet.inference import Protocol, Segmenter
 from bisenet.predict import Predictions, UnusableInput, find_sources, read_image
@@ -301,6 +305,55 @@ def test_an_interrupted_video_keeps_the_frames_it_has(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         Predictions(clip, tmp_path / "out").run(model)
     assert len(frames_of(tmp_path / "out" / "overlay" / "clip.mp4")) == 2
+
+
+def test_the_next_image_is_read_and_the_last_is_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        save(tmp_path / "in" / f"{number}.png", noise(16, 16, number))
+    model, read, release = segmenter(), list[str](), threading.Event()
+    whole, read_whole, ahead = model.predict, predict.read_image, list[int]()
+
+    def reading(path: Path, max_pixels: float) -> np.ndarray:
+        read.append(path.name)
+        return read_whole(path, max_pixels)
+
+    def predicting(rgb: np.ndarray) -> np.ndarray:
+        for _ in range(1000):
+            if len(read) > len(ahead) + 1 or len(read) == 8:
+                break
+            time.sleep(0.01)
+        ahead.append(len(read))
+        if len(ahead) == 2:
+            release.set()
+        return whole(rgb)
+
+    def writing(target: Path, content: bytes) -> None:
+        assert release.wait(10)  # the network goes on before a single file is there
+        written(target, content)
+
+    written = predict._write_file
+    monkeypatch.setattr(predict, "read_image", reading)
+    monkeypatch.setattr(predict, "_write_file", writing)
+    monkeypatch.setattr(model, "predict", predicting)
+    assert Predictions(tmp_path / "in", tmp_path / "out", legend=False).run(model) == []
+    assert len(files(tmp_path / "out")) == 8
+    assert ahead == [2, 3, 4, 5, 6, 7, 8, 8]  # one ahead, and no more
+
+
+@pytest.mark.parametrize("legend", [False, True])
+def test_a_full_disk_ends_it_and_names_the_file(legend: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(9):
+        save(tmp_path / "in" / f"{number}.png", noise(16, 16, number))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    name = "legend.png" if legend else "overlay/0.jpg"
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/out/{name}'"):
+        run(tmp_path / "in", tmp_path / "out", legend=legend)
 
 
 def test_two_inputs_are_never_written_to_one_place(tmp_path: Path) -> None:

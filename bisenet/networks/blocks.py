@@ -7,14 +7,18 @@ rounded up: every layer with stride 2 makes ceil(h / 2) of h.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 import logging
 import math
+import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
+from functools import cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger(__name__)
@@ -105,10 +109,8 @@ def recomputed(layers: Callable[[Tensor], Tensor], x: Tensor, *, training: bool)
 def fold(network: nn.Module) -> nn.Module:
     """Return a copy in evaluation mode without auxiliary heads, its batch norms folded into the convolutions before.
 
-    A network of one's own that `torch.fx` cannot trace stays as it is, with a warning.
+    Raises ValueError for a network of one's own that `torch.fx` cannot trace.
     """
-    from torch.fx.experimental.optimization import fuse  # takes a while
-
     copied = deepcopy(network).eval()
     for module in list(copied.modules()):
         for name, norm in list(module.named_children()):
@@ -118,10 +120,58 @@ def fold(network: nn.Module) -> nn.Module:
                 plain.load_state_dict({**norm.state_dict(), "weight": scale}, strict=False)
                 setattr(module, name, plain)
     try:
-        return fuse(copied)
+        nodes = list(torch.fx.Tracer().trace(copied).nodes)
     except Exception as error:  # torch.fx raises of any kind
-        log.warning("batch norm is not folded: %s cannot be traced: %s", type(network).__name__, error)
-        return copied
+        raise ValueError(f"{type(network).__name__} cannot be traced: {error}") from error
+    modules, uses = dict(copied.named_modules()), Counter(node.target for node in nodes)
+    for node in nodes:
+        norm, before = modules.get(str(node.target)), node.args[0] if node.args else None
+        if not isinstance(norm, nn.BatchNorm2d) or not isinstance(before, torch.fx.Node) or len(before.users) > 1:
+            continue
+        conv = modules.get(str(before.target))
+        if isinstance(conv, nn.Conv2d) and norm.track_running_stats and uses[node.target] == uses[before.target] == 1:
+            copied.set_submodule(str(before.target), fuse_conv_bn_eval(conv, norm))
+            copied.set_submodule(str(node.target), nn.Identity())
+    for name, _ in list(copied.named_children()):
+        if not any(f"{target}.".startswith(f"{name}.") for target in uses):
+            setattr(copied, name, nn.Identity())
+    return copied
+
+
+@cache
+def prefers_channels_last() -> bool:
+    """Whether this CPU convolves at least about as fast in `channels_last`: a probe of some 20 ms, once a process.
+
+    It has to be a tenth slower to be refused, so that noise does not decide.
+    """
+    best: dict[torch.memory_format, float] = {}
+    for layout in (torch.contiguous_format, torch.channels_last) * 4:
+        x, weight = (torch.ones(shape).contiguous(memory_format=layout) for shape in ((1, 64, 32, 64), (64, 64, 3, 3)))
+        started = time.perf_counter()
+        F.conv2d(x, weight, padding=1).relu_()
+        best[layout] = min(best.get(layout, math.inf), time.perf_counter() - started)
+    log.debug("seconds of a convolution: %s", best)
+    return best[torch.channels_last] <= 1.1 * best[torch.contiguous_format]
+
+
+@torch.no_grad()
+def accelerate(network: nn.Module) -> nn.Module:
+    """Return a network that predicts the same on a CPU and is faster: folded, in `channels_last` where that is faster.
+
+    A network of one's own for which that does not work is returned itself, with a line for debugging.
+    """
+    try:
+        folded: nn.Module = fold(network)
+        if prefers_channels_last():
+            folded.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        x = torch.linspace(-2, 2, 3 * 64 * 64).view(1, 3, 64, 64)
+        expected, found = network(x)[0], folded(x)[0]
+        if not (found - expected).abs().max() <= 1e-3 * expected.abs().max():
+            raise ValueError("the folded network predicts something else")
+        return folded
+    except Exception as error:  # code of others
+        log.debug("%s predicts as it is: %s", type(network).__name__, error)
+        return network
 
 
 class PositiveBatchNorm(nn.Module):

@@ -73,7 +73,7 @@ def ours(
             [f"model={model}", "data=cityscapes", "trainer=cityscapes", "run_dir=.", f"loss.criterion.impl={loss}"],
         )
     data = experiment.build_data(cfg)
-    module = experiment.build_module(cfg, data, experiment.build_segmenter(cfg, data)).to(device)
+    module: Any = experiment.build_module(cfg, data, experiment.build_segmenter(cfg, data)).to(device)
     network, criteria = module.segmenter.network, module.loss
     if layout == "channels_last":
         network.to(memory_format=torch.channels_last)
@@ -122,7 +122,7 @@ def theirs(
         optimizer.zero_grad()
         with torch.autocast(device, torch.float16, enabled=precision == "fp16"):
             losses = [criterion(logits, label) for criterion, logits in zip(criteria, network(image), strict=True)]
-            total = sum(losses)
+            total = torch.stack(losses).sum()
         scaler.scale(total).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bisenet
 from bisenet.networks import BiSeNetV1, BiSeNetV2, SegmentationOutput, bisenetv2
-from bisenet.networks.blocks import PositiveBatchNorm, SegmentationNetwork, pool_globally
+from bisenet.networks.blocks import Generation, PositiveBatchNorm, SegmentationNetwork, pool_globally
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).parent / "data" / "networks"
@@ -119,7 +119,7 @@ def test_every_parameter_gets_a_finite_gradient(variant: str) -> None:
 
 @pytest.mark.parametrize("generation", ["current", "older"])
 def test_computing_again_in_the_backward_pass_saves_memory_and_changes_no_bit(
-    generation: str, monkeypatch: pytest.MonkeyPatch
+    generation: Generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trained() -> tuple[list[Tensor], int]:
         held: dict[int, int] = {}

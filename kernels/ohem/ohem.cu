@@ -417,6 +417,7 @@ struct Line {
         if (has_bottom) {
             between.scores(below, top, slope);
         } else {
+            asm volatile("");
 #pragma unroll
             for (int k = 0; k < K; ++k)
                 slope[k] = 0.0f;
@@ -487,11 +488,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
         for (; row->cell == cell; ++row, label_here += width, loss_here += width) {
             const Label label = *label_here;
             const float fraction = row->fraction;
-            float even = 0.0f, odd = 0.0f;  // two sums, since an addition waits for the one before
+            float sums[2] = {fast_exp2(line.at(0, fraction)), 0.0f};  // two, since an addition waits for the one before
 #pragma unroll
-            for (int k = 0; k < K; ++k)
-                (k % 2 ? odd : even) += fast_exp2(line.at(k, fraction));
-            float exponentials = even + odd, highest = 0.0f;
+            for (int k = 1; k < K; ++k)
+                sums[k % 2] = k == 1 ? fast_exp2(line.at(k, fraction)) : sums[k % 2] + fast_exp2(line.at(k, fraction));
+            float exponentials = sums[0] + sums[1], highest = 0.0f;
             if (exponentials < 1e-18f) {  // all are far below, between pixels with different largest classes
                 highest = -INFINITE;
 #pragma unroll
@@ -504,21 +505,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
                     exponentials += fast_exp2(line.at(k, fraction) - highest);
             }
             nan = fmaf(exponentials, 0.0f, nan);
-            const bool known = label >= 0 && label < K;
-            float value = IGNORED;
-            if (label != IGNORE) {
-                value = NOT_A_NUMBER;
-                if (known) {
-                    const float own = between.score(top + int(label), to_below, fraction);
-                    value = LN_2 * ((highest - own) + fast_log2(exponentials));
-                    if (value <= 0.0f) value = 0.0f;  // rounding; a NaN passes
-                }
-                ++valid;
-                if (!(value <= hard_loss)) {
-                    ++hard;
-                    sum += value;
-                }
-            }
+            const bool known = label >= 0 && label < K;  // without branches: few pixels would take them
+            const float own = between.score(top + (known ? int(label) : 0), to_below, fraction);
+            float value = LN_2 * ((highest - own) + fast_log2(exponentials));
+            if (value <= 0.0f) value = 0.0f;  // rounding; a NaN passes
+            if (!known) value = label == IGNORE ? IGNORED : NOT_A_NUMBER;
+            const bool is_hard = !(value <= hard_loss);
+            sum += is_hard ? value : 0.0f;
+            hard += is_hard;
+            valid += label != IGNORE;
             if (inside) *loss_here = value;
         }
         __syncthreads();
@@ -605,6 +600,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
     const int near_columns = first_x + columns + 1 - first_column;
     const Logit* origin = logits + image * image_stride + first_column * pixel_stride;
 
+    const float* const losses_here = losses + image * full_h * full_w;
+    const Label* const target_here = target + image * full_h * full_w;
+    const Offset width = Offset(full_w);
+
     const float cut = selection->cut, share = selection->share;
     const float scale = selection->scale * *upstream;
     const bool spread = columns * QUADS <= 2 * 32;  // else one thread for all classes needs fewer instructions
@@ -621,13 +620,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
         const Between between(horizontal, pixel, first_column, near_columns);
 
         __syncthreads();
-        const int place = inside ? threadIdx.x + between.left + first_column - (first_x - 1) : PLACES - 1;
+        // Threads outside have places of their own, which nobody reads.
+        const int place = threadIdx.x + min(between.left + first_column - (first_x - 1), columns + 1);
         for (int i = threadIdx.x; i < 2 * PLACES * QUADS; i += blockDim.x)
             quad(&gathered[0][0][0], i) = {0.0f, 0.0f, 0.0f, 0.0f};
         for (int i = threadIdx.x; i < PLACES; i += blockDim.x)
             fractions[i] = 0.0f;
         __syncthreads();
-        if (inside) fractions[place] = between.fraction;
+        fractions[place] = between.fraction;
         for (int i = threadIdx.x; i < columns + 2; i += blockDim.x) {
             const int start = horizontal.first(first_x - 1 + i) - base;
             starts[i] = max(0, min(start, min(int(blockDim.x), end - base)));
@@ -661,57 +661,44 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
         __syncthreads();
         const uint64 all = uint64(kept[1]) << 32 | kept[0];
 
-        float row_above[K], row_below[K];  // sums for the rows of logits above and below the cell
-#pragma unroll
-        for (int k = 0; k < K; ++k)
-            row_below[k] = 0.0f;
+        float row_above[K] = {}, row_below[K] = {};  // sums for the rows of logits above and below the cell
         Line line;
         bool carry = false;
+        StagedRow *above = &staged[0], *below = &staged[1];
         int staged_to = -1;  // rows before this one are in shared memory, those that are of use
         for (int cell = max(first_y - 1, 0); cell <= last_y; ++cell) {
             const int bit = cell - first_y + 1;
             const bool here_in_block = all >> bit & 1, here = mine >> bit & 1;
             const bool has_bottom = vertical.has_next(cell);
-            StagedRow &above = staged[cell & 1], &below = staged[(cell + 1) & 1];
-            float(&for_above)[PAD] = gathered[cell & 1][place];
-            const int to_row_below = (cell & 1 ? -1 : 1) * PLACES * PAD;
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-                row_above[k] = row_below[k];
-                row_below[k] = 0.0f;
-            }
+            float(&for_above)[PAD] = gathered[cell & 1][place], (&for_below)[PAD] = gathered[~cell & 1][place];
             if (here_in_block) {
-                if (cell == first_y) __syncthreads();  // the cell before may still be read
                 if (staged_to <= cell)
-                    stage(above, origin + cell * row_stride, class_stride, pixel_stride, near_columns, last_column);
+                    stage(*above, origin + cell * row_stride, class_stride, pixel_stride, near_columns, last_column);
                 if (has_bottom)
-                    stage(below, origin + (cell + 1) * row_stride, class_stride, pixel_stride, near_columns, last_column);
+                    stage(*below, origin + (cell + 1) * row_stride, class_stride, pixel_stride, near_columns, last_column);
                 staged_to = has_bottom ? cell + 2 : cell + 1;
                 __syncthreads();
             }
             if (here) {
-                line.load(between, above, below, has_bottom, carry);
+                line.load(between, *above, *below, has_bottom, carry);
                 carry = has_bottom;
-                const float* const top = above[between.left];
-                const int to_below = has_bottom ? (cell & 1 ? -1 : 1) * COLUMNS * PAD : 0;
+                const float* const top = (*above)[between.left];
+                const int to_below = has_bottom ? int((*below)[0] - (*above)[0]) : 0;
                 const float last = cell + 1 < int(h) ? 1.0f : 0.0f;
                 const int cell_begin = row_starts[bit];
-                const int64 at = (image * full_h + cell_begin) * full_w + pixel;
-                const float* loss_here = losses + at;
-                const Label* label_here = target + at;
+                Offset at = Offset(cell_begin) * width + pixel;
                 const float cell_end = float(row_starts[bit + 1]);  // all numbers of rows are exact in float32
-                for (float y = float(cell_begin); y < cell_end; y += 1.0f, loss_here += full_w, label_here += full_w) {
-                    const float value = *loss_here;
-                    const int label = int(*label_here);
+                for (float y = float(cell_begin); y < cell_end; y += 1.0f, at += width) {
+                    const float value = losses_here[at];
+                    const int label = int(target_here[at]);
                     const float weight = value > cut ? 1.0f : value == cut ? share : 0.0f;
                     if (weight == 0.0f) continue;
                     const float fraction = last * (vertical.source(y) - float(cell));
                     const float own = between.score(top + label, to_below, fraction);
                     const float log_sum = fmaf(value, LOG2_E, own);
                     const float weight_below = weight * fraction, weight_above = weight - weight_below;
-                    float* const own_gradient = for_above + label;
-                    own_gradient[0] -= weight_above;
-                    own_gradient[to_row_below] -= weight_below;
+                    for_above[label] -= weight_above;
+                    for_below[label] -= weight_below;
                     if (log_sum > -60.0f) {
                         const float normalizer = fast_exp2(-log_sum);
                         const float a = weight_above * normalizer, b = weight_below * normalizer;
@@ -733,29 +720,28 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
             } else {
                 carry = false;
             }
-            if (cell < first_y) {  // the row above belongs to another block
-                if (here) clear(for_above);
-                continue;
-            }
-
             const bool some = here_in_block || (bit > 0 && all >> (bit - 1) & 1);
             if (some) {
-                if (inside) {
 #pragma unroll
-                    for (int j = 0; j < QUADS; ++j) {
-                        float4 sum = quad(for_above, j);
-                        if (4 * j < K) sum.x += row_above[4 * j];
-                        if (4 * j + 1 < K) sum.y += row_above[4 * j + 1];
-                        if (4 * j + 2 < K) sum.z += row_above[4 * j + 2];
-                        if (4 * j + 3 < K) sum.w += row_above[4 * j + 3];
-                        quad(for_above, j) = sum;
-                    }
+                for (int j = 0; j < QUADS; ++j) {
+                    float4 sum = quad(for_above, j);
+                    if (4 * j < K) sum.x += row_above[4 * j];
+                    if (4 * j + 1 < K) sum.y += row_above[4 * j + 1];
+                    if (4 * j + 2 < K) sum.z += row_above[4 * j + 2];
+                    if (4 * j + 3 < K) sum.w += row_above[4 * j + 3];
+                    quad(for_above, j) = sum;
+                }
+#pragma unroll
+                for (int k = 0; k < K; ++k) {
+                    row_above[k] = row_below[k];
+                    row_below[k] = 0.0f;
                 }
                 __syncthreads();
             }
             Logit* const row_out = gradient + image * image_stride_out + cell * row_stride_out + first_x * pixel_stride_out;
             const int part = end - begin <= int(blockDim.x) ? 0 : (base > begin ? 1 : 0) | (base + int(blockDim.x) < end ? 2 : 4);
-            if (spread)
+            if (cell < first_y) {  // this row belongs to another block
+            } else if (spread)
                 for (int item = threadIdx.x; item < columns * QUADS; item += blockDim.x)
                     gather<1>(gathered[cell & 1], fractions, starts, some, item / QUADS, item % QUADS, row_out, pixel_stride_out, class_stride_out, scale, sums, part);
             else
@@ -763,8 +749,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
                     gather<QUADS>(gathered[cell & 1], fractions, starts, some, q, 0, row_out, pixel_stride_out, class_stride_out, scale, sums, part);
             if (some) {
                 __syncthreads();
-                if (inside) clear(for_above);
+                clear(for_above);
             }
+            StagedRow* const free = above;
+            above = below;
+            below = free;
         }
     }
 }

@@ -214,13 +214,15 @@ def _plan(shapes: tuple[torch.Size, ...], align_corners: bool, specialization: S
     backward = chunks * images * -(-vertical.size // rows) * -(-horizontal.size // columns)
     if max(forward, backward) >= 2**31:
         raise ValueError("more blocks of threads than a CUDA grid has (2^31 - 1): use a smaller batch")
+    if vertical.full >= 2**24:
+        raise ValueError(f"{vertical.full} rows of pixels: the kernel numbers fewer than 2^24, in float32")
     geometry = (*strides, *shapes[0], *full, vertical.scale, horizontal.scale, int(align_corners))
     return _Plan(geometry, (forward, backward), (_TILE_ROWS, width), (rows, columns))
 
 
 def _prepare(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[Library, _Plan]:
     _, classes, height, width = logits.shape
-    farthest = max(classes * height * width, classes * logits.stride(1) + width * logits.stride(3))
+    farthest = max(classes * height * width, classes * logits.stride(1) + width * logits.stride(3), target[0].numel())
     specialization = specialize(logits.dtype, target.dtype, classes, farthest >= 2**31)
     kernels = library(logits.device, specialization)
     shapes = logits.shape, torch.Size(logits.stride()), target.shape

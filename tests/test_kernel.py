@@ -377,10 +377,16 @@ def test_pixels_beyond_the_reach_of_32_bits(limit, monkeypatch):
 def test_large_images_get_wide_offsets(monkeypatch):
     seen = []
     monkeypatch.setattr(kernel, "library", lambda _, it: seen.append(it.offset) or SimpleNamespace(block=128))
-    for side in (2**15 - 1, 2**15):
-        logits, target = torch.empty(1, 2, side, side, device="meta"), torch.empty(1, side, side, device="meta")
+    for side, full in ((2**15 - 1, 2**15), (2**15, 2**15), (2**13, 2**16)):
+        logits, target = torch.empty(1, 2, side, side, device="meta"), torch.empty(1, full, 2**15, device="meta")
         kernel._prepare(logits, target.to(torch.uint8), False)
-    assert seen == ["int", "int64"]
+    assert seen == ["int", "int64", "int64"]
+
+
+def test_more_rows_of_pixels_than_float32_numbers_are_refused(monkeypatch):
+    monkeypatch.setattr(kernel, "library", lambda *_: SimpleNamespace(block=128))
+    with pytest.raises(ValueError, match="2\\^24"):
+        kernel._prepare(torch.empty(1, 2, 1, 1), torch.empty(1, 2**24, 1, device="meta").to(torch.uint8), False)
 
 
 def test_wide_offsets_change_nothing(device, monkeypatch):

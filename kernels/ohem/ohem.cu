@@ -101,6 +101,18 @@ struct Axis {
     }
 };
 
+// The tile of a block: `rows` x `columns` of the `height` x `width` pixels or logits of an image.
+struct Tile {
+    int64 image;
+    int first_y, first_x;
+    __device__ __forceinline__ Tile(unsigned block, int64 rows, int64 columns, int64 height, int64 width) {
+        const unsigned across = unsigned((width + columns - 1) / columns), down = unsigned((height + rows - 1) / rows);
+        image = block / across / down;
+        first_y = int(block / across % down) * int(rows);
+        first_x = int(block % across) * int(columns);
+    }
+};
+
 // A largest score as what others are less by: -infinity less itself would be NaN.
 __device__ __forceinline__ float finite(float x) { return x == -INFINITE ? 0.0f : x; }
 
@@ -407,17 +419,19 @@ struct Line {
     // CARRY: the row above is the one that was below.
     __device__ __forceinline__ void load(const Between& between, StagedRow& above, StagedRow& below, bool has_bottom, bool carry) {
         const float nothing[K] = {};
-        if (carry) {
+        if (!carry) {
+            between.scores(above, nothing, top);
 #pragma unroll
             for (int k = 0; k < K; ++k)
-                top[k] += slope[k];
-        } else {
-            between.scores(above, nothing, top);
+                slope[k] = 0.0f;
         }
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            top[k] += slope[k];
         if (has_bottom) {
             between.scores(below, top, slope);
         } else {
-            asm volatile("");
+            asm volatile("");  // else the zeros are written in any case, and mostly overwritten
 #pragma unroll
             for (int k = 0; k < K; ++k)
                 slope[k] = 0.0f;
@@ -435,16 +449,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
     GEOMETRY, RULE, int64 tile_rows, int64 tile_columns, float* __restrict__ losses, RESULTS) {
     const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
     const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
-    const int tiles_x = int((full_w + tile_columns - 1) / tile_columns);
-    const int tiles_y = int((full_h + tile_rows - 1) / tile_rows);
-    const int tile_x = blockIdx.x % tiles_x;
-    const int tile_y = blockIdx.x / tiles_x % tiles_y;
-    const int64 image = blockIdx.x / tiles_x / tiles_y;
+    const Tile tile(blockIdx.x, tile_rows, tile_columns, full_h, full_w);
+    const int64 image = tile.image;
 
     __shared__ __align__(16) StagedRow staged[3];
     __shared__ PixelRow pixel_rows[PIXEL_ROWS + 1];
 
-    const int first_x = tile_x * int(tile_columns), last_x = min(first_x + int(tile_columns), int(full_w)) - 1;
+    const int first_x = tile.first_x, last_x = min(first_x + int(tile_columns), int(full_w)) - 1;
     const int x = first_x + int(threadIdx.x);
     const bool inside = x <= last_x;
     const int pixel = min(x, last_x);
@@ -452,7 +463,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
     const int columns = horizontal.cell(last_x) + 2 - first_column;
     const Between between(horizontal, pixel, first_column, columns);
 
-    const int begin = tile_y * int(tile_rows);
+    const int begin = tile.first_y;
     const int rows = min(int(tile_rows), int(full_h) - begin);
     for (int i = threadIdx.x; i <= rows; i += blockDim.x) {
         const int cell = vertical.cell(begin + i);
@@ -589,11 +600,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
 
     const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
     const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
-    const int tiles_x = int((w + tile_columns - 1) / tile_columns);
-    const int tiles_y = int((h + tile_rows - 1) / tile_rows);
-    const int first_x = int(blockIdx.x % tiles_x * tile_columns);
-    const int first_y = int(blockIdx.x / tiles_x % tiles_y * tile_rows);
-    const int64 image = blockIdx.x / tiles_x / tiles_y;
+    const Tile tile(blockIdx.x, tile_rows, tile_columns, h, w);
+    const int first_x = tile.first_x, first_y = tile.first_y;
+    const int64 image = tile.image;
     const int columns = min(int(tile_columns), int(w) - first_x);
     const int last_y = min(first_y + int(tile_rows), int(h)) - 1;
     const int first_column = max(first_x - 1, 0), last_column = int(w) - 1 - first_column;
@@ -641,14 +650,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
         if (inside) {
             int bit = first_y > 0 ? 0 : 1;
             const int last_bit = last_y - first_y + 1, end_y = row_starts[last_bit + 1];
-            const float* map = losses + ((image * full_h + row_starts[bit]) * full_w + pixel);
+            Offset at = Offset(row_starts[bit]) * width + pixel;
             for (int y = row_starts[bit]; y < end_y; y += 32) {
                 unsigned rows = 0;  // a bit for each of 32 rows of pixels, the first one on the left
                 const int count = min(32, end_y - y);
 #pragma unroll 8
-                for (int i = 0; i < count; ++i, map += full_w)
-                    rows = 2 * rows + unsigned(*map >= cut);
-                rows <<= 32 - count;
+                for (int i = 0; i < count; ++i, at += width)
+                    rows |= losses_here[at] >= cut ? 0x80000000u >> i : 0u;
                 for (; bit <= last_bit; ++bit) {
                     const int from = max(row_starts[bit] - y, 0), to = row_starts[bit + 1] - y;
                     if (to > from && rows << from >> (32 - (min(to, 32) - from))) mine |= uint64(1) << bit;
@@ -836,13 +844,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 3) ohem_forward(
     GEOMETRY, RULE, int64 tile_rows, int64 tile_columns, float* __restrict__ losses, RESULTS) {
     const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
     const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
-    const int tiles_x = int((full_w + tile_columns - 1) / tile_columns);
-    const int tiles_y = int((full_h + tile_rows - 1) / tile_rows);
-    const int tile_x = blockIdx.x % tiles_x;
-    const int tile_y = blockIdx.x / tiles_x % tiles_y;
-    const int64 image = blockIdx.x / tiles_x / tiles_y;
+    const Tile tile(blockIdx.x, tile_rows, tile_columns, full_h, full_w);
+    const int64 image = tile.image;
 
-    const int x = tile_x * int(tile_columns) + int(threadIdx.x);
+    const int x = tile.first_x + int(threadIdx.x);
     const bool inside = int(threadIdx.x) < tile_columns && x < full_w;
     const int pixel = inside ? x : int(full_w) - 1;
     const int left = horizontal.cell(pixel);
@@ -851,7 +856,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 3) ohem_forward(
 
     __shared__ int cells[PIXEL_ROWS];
     __shared__ float fractions[PIXEL_ROWS];
-    const int begin = tile_y * int(tile_rows);
+    const int begin = tile.first_y;
     const int rows = min(int(tile_rows), int(full_h) - begin);
     for (int i = threadIdx.x; i < rows; i += blockDim.x) {
         cells[i] = vertical.cell(begin + i);
@@ -919,13 +924,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 3) ohem_backward(
     const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
     const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
     const int chunks = (int(classes) + K - 1) / K;
-    const int tiles_x = int((w + tile_columns - 1) / tile_columns);
-    const int tiles_y = int((h + tile_rows - 1) / tile_rows);
     const int first_class = int(blockIdx.x) % chunks * K;
     const int count = min(K, int(classes) - first_class);
-    const int first_x = int(blockIdx.x / chunks % tiles_x * tile_columns);
-    const int first_y = int(blockIdx.x / chunks / tiles_x % tiles_y * tile_rows);
-    const int64 image = blockIdx.x / chunks / tiles_x / tiles_y;
+    const Tile tile(blockIdx.x / chunks, tile_rows, tile_columns, h, w);
+    const int first_x = tile.first_x, first_y = tile.first_y;
+    const int64 image = tile.image;
     const int columns = min(int(tile_columns), int(w) - first_x);
     const int last_y = min(first_y + int(tile_rows), int(h)) - 1;
 

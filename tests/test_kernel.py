@@ -356,7 +356,7 @@ def test_pixels_beyond_the_reach_of_32_bits(limit, monkeypatch):
     logits, target = make_case(images=1, size=(8, 16), full_size=(64, 128), dtype=torch.float32)
     loss, _, expected, selection = forward(logits, target, **RULE)
     losses, slope, state = torch.zeros(1, 64, 128), torch.zeros_like(logits), torch.zeros(kernel._STATE_WORDS).long()
-    image = 2**31 // (64 * 128) + 5
+    image = 2**31 // logits[0].numel() + 5  # beyond it are logits, and more so pixels
     late = {it: it.data_ptr() - image * it.nbytes for it in (logits, target, expected, losses, slope)}
     specialization = kernel.specialize(torch.float32, torch.uint8, 19)
     shapes = (torch.Size((image + 1, *logits.shape[1:])), logits.stride(), torch.Size((image + 1, 64, 128)))

@@ -416,7 +416,7 @@ struct Between {
 struct Line {
     float top[K], slope[K];
     __device__ __forceinline__ float at(int k, float fraction) const { return fmaf(slope[k], fraction, top[k]); }
-    // CARRY: the row above is the one that was below.
+    // `carry`: the row above is the one that was below.
     __device__ __forceinline__ void load(const Between& between, StagedRow& above, StagedRow& below, bool has_bottom, bool carry) {
         const float nothing[K] = {};
         if (!carry) {
@@ -521,7 +521,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
             float value = LN_2 * ((highest - own) + fast_log2(exponentials));
             if (value <= 0.0f) value = 0.0f;  // rounding; a NaN passes
             if (!known) value = label == IGNORE ? IGNORED : NOT_A_NUMBER;
-            const bool is_hard = !(value <= hard_loss);
+            const bool is_hard = !(value <= hard_loss);  // IGNORED is not, a NaN is
             sum += is_hard ? value : 0.0f;
             hard += is_hard;
             valid += label != IGNORE;
@@ -629,7 +629,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
         const Between between(horizontal, pixel, first_column, near_columns);
 
         __syncthreads();
-        // Threads outside have places of their own, which nobody reads.
+        // Threads outside have places of their own, which hold zeros.
         const int place = threadIdx.x + min(between.left + first_column - (first_x - 1), columns + 1);
         for (int i = threadIdx.x; i < 2 * PLACES * QUADS; i += blockDim.x)
             quad(&gathered[0][0][0], i) = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -748,12 +748,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
             }
             Logit* const row_out = gradient + image * image_stride_out + cell * row_stride_out + first_x * pixel_stride_out;
             const int part = end - begin <= int(blockDim.x) ? 0 : (base > begin ? 1 : 0) | (base + int(blockDim.x) < end ? 2 : 4);
-            if (cell < first_y) {  // this row belongs to another block
-            } else if (spread)
-                for (int item = threadIdx.x; item < columns * QUADS; item += blockDim.x)
+            const int own_columns = cell < first_y ? 0 : columns;  // the row above the tile belongs to another block
+            if (spread)
+                for (int item = threadIdx.x; item < own_columns * QUADS; item += blockDim.x)
                     gather<1>(gathered[cell & 1], fractions, starts, some, item / QUADS, item % QUADS, row_out, pixel_stride_out, class_stride_out, scale, sums, part);
             else
-                for (int q = threadIdx.x; q < columns; q += blockDim.x)
+                for (int q = threadIdx.x; q < own_columns; q += blockDim.x)
                     gather<QUADS>(gathered[cell & 1], fractions, starts, some, q, 0, row_out, pixel_stride_out, class_stride_out, scale, sums, part);
             if (some) {
                 __syncthreads();

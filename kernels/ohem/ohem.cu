@@ -495,14 +495,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
         line.load(between, staged[above], staged[below], has_bottom, carry);
         carry = has_bottom;
         const float* const top = staged[above][between.left];
-        const int to_below = has_bottom ? (below - above) * COLUMNS * PAD : 0;
+        const int to_below = (below - above) * COLUMNS * PAD;
         for (; row->cell == cell; ++row, label_here += width, loss_here += width) {
             const Label label = *label_here;
             const float fraction = row->fraction;
-            float sums[2] = {fast_exp2(line.at(0, fraction)), 0.0f};  // two, since an addition waits for the one before
+            float sums[2] = {0.0f, 0.0f};  // two, since an addition waits for the one before
 #pragma unroll
-            for (int k = 1; k < K; ++k)
-                sums[k % 2] = k == 1 ? fast_exp2(line.at(k, fraction)) : sums[k % 2] + fast_exp2(line.at(k, fraction));
+            for (int k = 0; k < K; ++k) {
+                const float exponential = fast_exp2(line.at(k, fraction));
+                sums[k % 2] = k < 2 ? exponential : sums[k % 2] + exponential;
+            }
             float exponentials = sums[0] + sums[1], highest = 0.0f;
             if (exponentials < 1e-18f) {  // all are far below, between pixels with different largest classes
                 highest = -INFINITE;

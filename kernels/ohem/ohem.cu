@@ -4,7 +4,7 @@
 //   OHEM_LOGIT    float | half | bfloat16
 //   OHEM_LABEL    uint8 | int64
 //   OHEM_CLASSES  the number of classes, or 0 for any number, taken CHUNK at a time
-//   OHEM_OFFSET   int | int64, for the distance of two logits of an image
+//   OHEM_OFFSET   int | int64, for the distance of two logits or two pixels of an image
 // tests/test_kernel.py compiles the same source for the CPU, with what CUDA brings given by tests/cuda_shim.h.
 //
 // A thread owns one full-size column and walks down it. Between two rows of logits the scores of a pixel are a straight

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bisenet import report
+from bisenet import report, runtimes
 from bisenet.networks.blocks import fold
 
 log = logging.getLogger(__name__)
@@ -49,9 +50,24 @@ def _compiled(network: nn.Module, image: Tensor) -> Run:
     return lambda given: compiled(given)[0]
 
 
-RUNTIMES: dict[str, Callable[[nn.Module, Tensor], Run]] = {"eager": _eager, "folded": _folded, "compiled": _compiled}
+def _exported(runtime: str, network: nn.Module, image: Tensor) -> Run:
+    if image.device.type != "cpu":
+        raise ValueError(f"{runtime} runs on the CPU here; accepted: accelerator=cpu")
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[image.dtype]
+    program = torch.export.export(fold(network).float(), (image.float(),))
+    run = runtimes.run_onnx(runtime, runtimes.to_onnx(program), torch.get_num_threads(), precision)
+    return lambda given: torch.from_numpy(run(given.float().numpy()))
+
+
+RUNTIMES: dict[str, Callable[[nn.Module, Tensor], Run]] = {
+    "eager": _eager,
+    "folded": _folded,
+    "compiled": _compiled,
+    "onnxruntime": partial(_exported, "onnxruntime"),
+    "openvino": partial(_exported, "openvino"),
+}
 """Name -> what prepares a network in evaluation mode for images like the one given: ``folded`` has its batch norms in
-the convolutions and ``channels_last``, ``compiled`` is torch.compile's.
+the convolutions and ``channels_last``, ``compiled`` is torch.compile's; the others run its export to ONNX on the CPU.
 """
 
 

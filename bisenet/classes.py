@@ -182,6 +182,9 @@ class ClassTable:
             text = path.read_text(encoding="utf-8-sig")
             table = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
             return cls.from_dict({"name": path.stem, "classes": table} if isinstance(table, list) else table)
+        except yaml.MarkedYAMLError as error:  # its own message has several lines, and shows those of the file
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise ValueError(f"class table {path}, line {line}: {error.problem}") from None
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"class table {path}: {error}") from None
 

@@ -420,7 +420,10 @@ def predict(cfg: DictConfig) -> None:
     segmenter = read.segmenter(hydra.utils.instantiate(cfg.protocol, _convert_="all") or None, list(cfg.trust))
     if cfg.accelerator == "gpu" or (cfg.accelerator == "auto" and torch.cuda.is_available()):
         segmenter = segmenter.cuda()
-    if predictions.run(segmenter):
+    predictions.folder.mkdir(parents=True, exist_ok=True)
+    with launch.alone_in(predictions.folder) if cfg.output else nullcontext():  # its run directory is locked already
+        unusable = predictions.run(segmenter)
+    if unusable:
         sys.exit(1)
 
 

@@ -290,16 +290,7 @@ class _Work:
         """The graph in ONNX."""
         if (key := ("onnx", self.output(kind), half)) in self.made:
             return self.made[key]
-        for module in ("onnx", "onnxscript", "onnxruntime"):
-            runtimes.import_extra(module, "export")
-        for name in ("onnx_ir", "onnxscript", "torch.onnx"):
-            logging.getLogger(name).setLevel(logging.ERROR)  # they tell each step
-        program = torch.onnx.export(
-            self.program(kind, half), dynamo=True, input_names=["image"], output_names=["output"],
-            external_data=False, verbose=False,
-        )  # fmt: skip
-        assert program is not None
-        self.made[key] = program.model_proto.SerializeToString()
+        self.made[key] = runtimes.to_onnx(self.program(kind, half))
         return self.made[key]
 
     def quantized(self, model: Any, wrap: Callable[[np.ndarray], Any]) -> Any:

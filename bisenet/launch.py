@@ -214,7 +214,7 @@ def _failure(codes: Sequence[int | None], pipes: Sequence[Any]) -> str:
     if not reports:
         return f"processes ended with the codes {codes} and without an error"
     _, message, trace, rank = min(reports)
-    if not message.startswith(("ValueError", "FileNotFoundError", "FloatingPointError")):
+    if not message.startswith(("ValueError", "FileNotFoundError", "FloatingPointError", "RuntimeError: DataLoader")):
         log.error("process %d failed:\n%s", rank, trace)
     return f"process {rank} of {len(codes)}: {message}"
 

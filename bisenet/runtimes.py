@@ -10,6 +10,7 @@ or ``logits`` or ``probabilities``, float32 (B, C, H, W). What it is stands in i
 
 import importlib
 import json
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,6 +64,29 @@ def import_extra(module: str, extra: str) -> Any:
         raise ValueError(f"{error.name} is not installed: pip install 'bisenet[{extra}]' brings it") from None
 
 
+def to_onnx(program: Any) -> bytes:
+    """A program of ``torch.export`` with one input and one output as ONNX, where they are ``image`` and ``output``."""
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        import_extra(module, "export")
+    for name in ("onnx_ir", "onnxscript", "torch.onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they tell each step
+    made = torch.onnx.export(
+        program, dynamo=True, input_names=["image"], output_names=["output"], external_data=False, verbose=False
+    )
+    assert made is not None
+    return made.model_proto.SerializeToString()
+
+
+def run_onnx(runtime: str, model: bytes, threads: int, precision: str = "f32") -> Run:
+    """A model of :func:`to_onnx` in ``onnxruntime`` or ``openvino``, which alone knows lower precision, bf16 or f16."""
+    module = import_extra(runtime, "export")
+    if runtime == "openvino":
+        return _openvino(module, model, threads, precision)[1]
+    if precision != "f32":
+        raise ValueError(f"precision {precision} of {runtime}: accepted: f32")
+    return _onnx(module, model, threads)[1]
+
+
 def open_file(path: str | PathLike[str], threads: int | None = None) -> Exported:
     """Load an exported file: ``.onnx``, the ``.xml`` of OpenVINO, or the ``.param`` of ncnn, to run on the CPU.
 
@@ -99,21 +123,21 @@ def open_file(path: str | PathLike[str], threads: int | None = None) -> Exported
     return Exported(path, facts, f"{module.__name__} {version.partition('-')[0]}", run)
 
 
-def _onnx(onnxruntime: Any, path: Path, threads: int) -> tuple[str, Run]:
+def _onnx(onnxruntime: Any, model: Path | bytes, threads: int) -> tuple[str, Run]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     text = session.get_modelmeta().custom_metadata_map.get(KEY, "")
     return text, lambda image: session.run(None, {"image": image})[0]
 
 
-def _openvino(openvino: Any, path: Path, threads: int) -> tuple[str, Run]:
+def _openvino(openvino: Any, model: Path | bytes, threads: int, precision: str = "f32") -> tuple[str, Run]:
     core = openvino.Core()
-    model = core.read_model(path)
-    text = model.get_rt_info(KEY).value if model.has_rt_info(KEY) else ""
+    network = core.read_model(model)
+    text = network.get_rt_info(KEY).value if network.has_rt_info(KEY) else ""
     # Where a processor has bfloat16, OpenVINO would compute in it unasked.
-    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(model, "CPU", options)
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
+    compiled = core.compile_model(network, "CPU", options)
     return text, lambda image: compiled(image)[0]
 
 

@@ -38,12 +38,25 @@ def test_multiply_adds_are_those_of_the_size() -> None:
         assert benchmark.describe(BiSeNetV1(19), (1024, 2048))["gmacs"] == pytest.approx(118.3, abs=0.05)
 
 
-@pytest.mark.parametrize("runtime", ["folded", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "runtime",
+    ["folded", "openvino", *(pytest.param(name, marks=pytest.mark.slow) for name in ("compiled", "onnxruntime"))],
+)
 def test_a_runtime_computes_what_the_network_does(runtime: str) -> None:
+    if runtime in ("onnxruntime", "openvino"):
+        pytest.importorskip(runtime)
     network, image = BiSeNetV1(5).eval(), torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
         actual = benchmark.RUNTIMES[runtime](network, image)(image)
         torch.testing.assert_close(actual, network(image).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_lower_precision_of_an_export_is_the_runtimes_own() -> None:
+    pytest.importorskip("openvino")
+    found = run(runtimes=["onnxruntime", "openvino"], precisions=["bf16"])
+    assert [row["runtime"] for row in found["rows"]] == ["openvino"]
+    assert found["failed"] == {"v2, 64x64, 1, bf16, onnxruntime": "precision bf16 of onnxruntime: accepted: f32"}
 
 
 def test_a_runtime_that_fails_costs_one_row_and_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Whole runs through the scripts, as a user starts them: train, evaluate, load, kill and resume."""
 
+import copy
 import csv
 import json
 import os
@@ -25,6 +26,7 @@ from bisenet import callbacks, checkpoint, experiment, launch, report
 from bisenet.classes import ClassTable
 from bisenet.inference import Protocol
 from bisenet.module import SegmentationModule
+from bisenet.networks import BiSeNetV2
 
 ROOT = Path(__file__).parents[1]
 FAST = ["debug=fast", "data.batch_size=2", "~callbacks.progress", "trainer.accelerator=cpu",
@@ -337,12 +339,12 @@ def test_a_killed_run_continues_with_everything_switched_on(
 
 @pytest.fixture(scope="module")
 def finished_with_everything(tmp_path_factory: pytest.TempPathFactory, scenes: list[str]) -> tuple[Path, list[str]]:
-    """Accumulation, clipping, averaged weights, class weights, early stopping and all loggers; undisturbed."""
+    """Accumulation, clipping, averaged and class weights, early stopping, channels_last, all loggers; undisturbed."""
     overrides = [
         *scenes, "+callbacks.kill={_target_: kill.Kill}", "callbacks=[default,early_stopping,ema]",
         "logger=[csv,wandb,tensorboard]", "data.batch_size=4", "trainer.accumulate_grad_batches=2",
         "trainer.gradient_clip_val=0.5", "callbacks.ema.decay=0.5",
-        "loss.criterion.class_weights=enet",
+        "loss.criterion.class_weights=enet", "channels_last=true",
     ]  # fmt: skip
     cwd = tmp_path_factory.mktemp("everything")
     done = train(cwd, "run", *overrides)
@@ -423,6 +425,44 @@ def test_a_run_whose_results_are_damaged_is_evaluated_again(
     require_same_run(run, finished)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "gain", "expected"),
+    [
+        ([], 1.2, True),
+        ([], 1.0, False),
+        (["trainer.deterministic=true"], 1.2, False),
+        (["channels_last=true"], 0.5, True),
+    ],
+)
+def test_the_layout_is_the_faster_one_unless_told_otherwise(
+    overrides: list[str], gain: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "channels_last_gain", lambda *_: gain)
+    network, cfg = BiSeNetV2(4, width_multiplier=0.25), composed("trainer.accelerator=cpu", *overrides)
+    experiment.choose_layout(cfg, None, network)
+    weight = network.detail.S2.get_parameter("0.conv.weight")
+    assert cfg.channels_last == weight.is_contiguous(memory_format=torch.channels_last) == expected
+
+
+def test_a_run_that_is_continued_keeps_its_layout(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "channels_last_gain", lambda *_: 2.0)
+    cfg = composed("trainer.accelerator=cpu")
+    experiment.choose_layout(cfg, checkpoint.newest(finished), BiSeNetV2(4, width_multiplier=0.25))
+    assert cfg.channels_last is False
+    with pytest.raises(ValueError, match="channels_last: got yes_please, accepted: auto"):
+        experiment.choose_layout(composed("channels_last=yes_please"), None, BiSeNetV2(4))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_gain_of_a_layout_is_measured_on_a_copy(half: bool) -> None:
+    network = BiSeNetV2(4, width_multiplier=0.25)
+    before, threads = copy.deepcopy(network.state_dict()), torch.get_num_threads()
+    assert 0.1 < experiment.channels_last_gain(network, half) < 10
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert torch.get_num_threads() == threads
+
+
 def test_a_longer_training_is_no_continuation_but_a_run_from_these_weights(
     unevaluated: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
@@ -446,8 +486,12 @@ def test_a_new_run_takes_up_the_training_of_another(unevaluated: tuple[Path, lis
 def test_one_process_at_a_time_works_in_a_directory(finished: Path, scenes: list[str], tmp_path: Path) -> None:
     owner = f"in use by process {os.getpid()} on {socket.gethostname()}"
     with launch.alone_in(finished):
-        for command in (["train.py", f"resume={finished}", "trust=[kill]"], ["train.py", f"hydra.run.dir={finished}"],
-                        ["evaluate.py", "checkpoint=x", f"hydra.run.dir={finished}"]):  # fmt: skip
+        for command in (
+            ["train.py", f"resume={finished}", "trust=[kill]"],
+            ["train.py", f"hydra.run.dir={finished}"],
+            ["evaluate.py", "checkpoint=x", f"hydra.run.dir={finished}"],
+            ["predict.py", f"checkpoint={finished}", f"input={finished}/figures", f"output={finished}"],
+        ):
             refused = script(*command, cwd=tmp_path)
             assert refused.returncode == 1
             assert owner in refused.stderr

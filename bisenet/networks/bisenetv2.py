@@ -28,6 +28,7 @@ from bisenet.networks.blocks import (
     SegmentationNetwork,
     by_strips,
     pool_globally,
+    recomputed,
     require_choice,
 )
 
@@ -182,16 +183,24 @@ class Head(nn.Module):
         super().__init__()
         self.conv = ConvNormAct(in_channels, width, 3)
         self.drop = nn.Dropout(0.1)
+        self.doubles = generation == "current" and booster > 0
         if generation == "older":
             self.conv_out = nn.Conv2d(width, n_classes, 1)
-        elif booster == 0:
+        elif not self.doubles:
             self.conv_out = nn.Sequential(nn.Identity(), nn.Conv2d(width, n_classes, 1))
         else:
             double = nn.Sequential(nn.Upsample(scale_factor=2), ConvNormAct(width, booster**2, 3))
             self.conv_out = nn.Sequential(double, nn.Conv2d(booster**2, n_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(self.drop(self.conv(x)))
+        x = self.conv(x)
+        if not self.doubles:
+            return recomputed(lambda x: self.conv_out(self.drop(x)), x, training=self.training)
+        double, classifier = self.conv_out.children()
+        upsample, layer = double.children()
+        assert isinstance(layer, ConvNormAct)
+        x = recomputed(lambda x: layer.conv(upsample(self.drop(x))), x, training=self.training)
+        return classifier(layer.act(layer.bn(x)))
 
 
 class BiSeNetV2(SegmentationNetwork):

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,14 @@ def by_strips(
         part = layers(x[:, :, first : top + rows + halo])
         parts.append(part[:, :, (top - first) // stride :][:, :, : math.ceil(min(rows, height - top) / stride)].clone())
     return torch.cat(parts, dim=2)
+
+
+def recomputed(layers: Callable[[Tensor], Tensor], x: Tensor, *, training: bool) -> Tensor:
+    """Return `layers(x)`; in training the backward pass computes again what it needs of them, which saves memory.
+
+    The numbers stay the same, those of dropout as well. `layers` may hold no batch norm, which would count twice.
+    """
+    return checkpoint(layers, x, use_reentrant=False) if training else layers(x)
 
 
 def fold(network: nn.Module) -> nn.Module:

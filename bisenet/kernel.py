@@ -28,7 +28,7 @@ MAX_SPECIALIZED_CLASSES = 32  # up to here the kernel is compiled for the very n
 _CHUNK = 16  # with more, a block of the backward pass takes so many classes
 _TILE_ROWS = 32  # rows of pixels that a block of the forward pass walks down; the most that the source has room for
 _GRADIENT_ROWS = 64  # about so many rows of pixels that a block of the backward pass walks down
-_WARP = 32
+_WARP = 32  # threads of a GPU that run together
 _MOST_GRADIENT_ROWS = 63  # the most rows of logits that the source has room for
 _STATE_WORDS = 10 + 3 * 2048  # size of ``State`` in the source, in words of 64 bits
 
@@ -41,7 +41,7 @@ class Specialization(NamedTuple):
     logit: str
     label: str
     classes: int  # 0: any number
-    offset: str = "int"  # type of the distance of two logits of an image
+    offset: str = "int"  # type of the distance of two logits or pixels of an image
 
     @property
     def block(self) -> int:
@@ -205,8 +205,8 @@ def _plan(shapes: tuple[torch.Size, ...], align_corners: bool, specialization: S
     width = min(block, horizontal.pixels_beside(most + 3))
     fitting = (n for n in range(min(horizontal.size, most), 0, -1) if horizontal.pixels_near(n) <= block)
     columns = next(fitting, 0)  # whose pixels fit in a row of threads; else one logit to a block, in several turns
-    if columns > 2 >= (columns + 2) % _WARP:  # with one or two less, a warp less copies the logits beside them
-        columns -= (columns + 2) % _WARP
+    if 2 < columns < horizontal.size and (columns + 2) % _WARP <= 2:
+        columns -= (columns + 2) % _WARP  # a warp less then copies the logits beside the pixels
     rows = min(max(round(_GRADIENT_ROWS * vertical.scale), 1), vertical.size, _MOST_GRADIENT_ROWS) if columns else 1
     columns = max(columns, 1)
     chunks = 1 if specialization.classes else -(-classes // _CHUNK)
@@ -214,13 +214,15 @@ def _plan(shapes: tuple[torch.Size, ...], align_corners: bool, specialization: S
     backward = chunks * images * -(-vertical.size // rows) * -(-horizontal.size // columns)
     if max(forward, backward) >= 2**31:
         raise ValueError("more blocks of threads than a CUDA grid has (2^31 - 1): use a smaller batch")
+    if vertical.full >= 2**24:
+        raise ValueError(f"{vertical.full} rows of pixels: the kernel numbers fewer than 2^24, in float32")
     geometry = (*strides, *shapes[0], *full, vertical.scale, horizontal.scale, int(align_corners))
     return _Plan(geometry, (forward, backward), (_TILE_ROWS, width), (rows, columns))
 
 
 def _prepare(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[Library, _Plan]:
     _, classes, height, width = logits.shape
-    farthest = max(classes * height * width, classes * logits.stride(1) + width * logits.stride(3))
+    farthest = max(classes * height * width, classes * logits.stride(1) + width * logits.stride(3), target[0].numel())
     specialization = specialize(logits.dtype, target.dtype, classes, farthest >= 2**31)
     kernels = library(logits.device, specialization)
     shapes = logits.shape, torch.Size(logits.stride()), target.shape

@@ -356,7 +356,7 @@ def test_pixels_beyond_the_reach_of_32_bits(limit, monkeypatch):
     logits, target = make_case(images=1, size=(8, 16), full_size=(64, 128), dtype=torch.float32)
     loss, _, expected, selection = forward(logits, target, **RULE)
     losses, slope, state = torch.zeros(1, 64, 128), torch.zeros_like(logits), torch.zeros(kernel._STATE_WORDS).long()
-    image = 2**31 // (64 * 128) + 5
+    image = 2**31 // logits[0].numel() + 5  # beyond it are logits, and more so pixels
     late = {it: it.data_ptr() - image * it.nbytes for it in (logits, target, expected, losses, slope)}
     specialization = kernel.specialize(torch.float32, torch.uint8, 19)
     shapes = (torch.Size((image + 1, *logits.shape[1:])), logits.stride(), torch.Size((image + 1, 64, 128)))
@@ -377,10 +377,16 @@ def test_pixels_beyond_the_reach_of_32_bits(limit, monkeypatch):
 def test_large_images_get_wide_offsets(monkeypatch):
     seen = []
     monkeypatch.setattr(kernel, "library", lambda _, it: seen.append(it.offset) or SimpleNamespace(block=128))
-    for side in (2**15 - 1, 2**15):
-        logits, target = torch.empty(1, 2, side, side, device="meta"), torch.empty(1, side, side, device="meta")
+    for side, full in ((2**15 - 1, 2**15), (2**15, 2**15), (2**13, 2**16)):
+        logits, target = torch.empty(1, 2, side, side, device="meta"), torch.empty(1, full, 2**15, device="meta")
         kernel._prepare(logits, target.to(torch.uint8), False)
-    assert seen == ["int", "int64"]
+    assert seen == ["int", "int64", "int64"]
+
+
+def test_more_rows_of_pixels_than_float32_numbers_are_refused(monkeypatch):
+    monkeypatch.setattr(kernel, "library", lambda *_: SimpleNamespace(block=128))
+    with pytest.raises(ValueError, match="2\\^24"):
+        kernel._prepare(torch.empty(1, 2, 1, 1), torch.empty(1, 2**24, 1, device="meta").to(torch.uint8), False)
 
 
 def test_wide_offsets_change_nothing(device, monkeypatch):

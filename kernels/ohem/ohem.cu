@@ -4,7 +4,7 @@
 //   OHEM_LOGIT    float | half | bfloat16
 //   OHEM_LABEL    uint8 | int64
 //   OHEM_CLASSES  the number of classes, or 0 for any number, taken CHUNK at a time
-//   OHEM_OFFSET   int | int64, for the distance of two logits of an image
+//   OHEM_OFFSET   int | int64, for the distance of two logits or two pixels of an image
 // tests/test_kernel.py compiles the same source for the CPU, with what CUDA brings given by tests/cuda_shim.h.
 //
 // A thread owns one full-size column and walks down it. Between two rows of logits the scores of a pixel are a straight
@@ -98,6 +98,18 @@ struct Axis {
         while (pixel > 0 && cell(pixel - 1) >= wanted) --pixel;
         while (pixel < full && cell(pixel) < wanted) ++pixel;
         return pixel;
+    }
+};
+
+// The tile of a block: `rows` x `columns` of the `height` x `width` pixels or logits of an image.
+struct Tile {
+    int64 image;
+    int first_y, first_x;
+    __device__ __forceinline__ Tile(unsigned block, int64 rows, int64 columns, int64 height, int64 width) {
+        const unsigned across = unsigned((width + columns - 1) / columns), down = unsigned((height + rows - 1) / rows);
+        image = block / across / down;
+        first_y = int(block / across % down) * int(rows);
+        first_x = int(block % across) * int(columns);
     }
 };
 
@@ -404,19 +416,22 @@ struct Between {
 struct Line {
     float top[K], slope[K];
     __device__ __forceinline__ float at(int k, float fraction) const { return fmaf(slope[k], fraction, top[k]); }
-    // CARRY: the row above is the one that was below.
+    // `carry`: the row above is the one that was below.
     __device__ __forceinline__ void load(const Between& between, StagedRow& above, StagedRow& below, bool has_bottom, bool carry) {
         const float nothing[K] = {};
-        if (carry) {
+        if (!carry) {
+            between.scores(above, nothing, top);
 #pragma unroll
             for (int k = 0; k < K; ++k)
-                top[k] += slope[k];
-        } else {
-            between.scores(above, nothing, top);
+                slope[k] = 0.0f;
         }
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            top[k] += slope[k];
         if (has_bottom) {
             between.scores(below, top, slope);
         } else {
+            asm volatile("");  // else the zeros are written in any case, and mostly overwritten
 #pragma unroll
             for (int k = 0; k < K; ++k)
                 slope[k] = 0.0f;
@@ -434,16 +449,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
     GEOMETRY, RULE, int64 tile_rows, int64 tile_columns, float* __restrict__ losses, RESULTS) {
     const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
     const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
-    const int tiles_x = int((full_w + tile_columns - 1) / tile_columns);
-    const int tiles_y = int((full_h + tile_rows - 1) / tile_rows);
-    const int tile_x = blockIdx.x % tiles_x;
-    const int tile_y = blockIdx.x / tiles_x % tiles_y;
-    const int64 image = blockIdx.x / tiles_x / tiles_y;
+    const Tile tile(blockIdx.x, tile_rows, tile_columns, full_h, full_w);
+    const int64 image = tile.image;
 
     __shared__ __align__(16) StagedRow staged[3];
     __shared__ PixelRow pixel_rows[PIXEL_ROWS + 1];
 
-    const int first_x = tile_x * int(tile_columns), last_x = min(first_x + int(tile_columns), int(full_w)) - 1;
+    const int first_x = tile.first_x, last_x = min(first_x + int(tile_columns), int(full_w)) - 1;
     const int x = first_x + int(threadIdx.x);
     const bool inside = x <= last_x;
     const int pixel = min(x, last_x);
@@ -451,7 +463,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
     const int columns = horizontal.cell(last_x) + 2 - first_column;
     const Between between(horizontal, pixel, first_column, columns);
 
-    const int begin = tile_y * int(tile_rows);
+    const int begin = tile.first_y;
     const int rows = min(int(tile_rows), int(full_h) - begin);
     for (int i = threadIdx.x; i <= rows; i += blockDim.x) {
         const int cell = vertical.cell(begin + i);
@@ -483,15 +495,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
         line.load(between, staged[above], staged[below], has_bottom, carry);
         carry = has_bottom;
         const float* const top = staged[above][between.left];
-        const int to_below = has_bottom ? (below - above) * COLUMNS * PAD : 0;
+        const int to_below = (below - above) * COLUMNS * PAD;
         for (; row->cell == cell; ++row, label_here += width, loss_here += width) {
             const Label label = *label_here;
             const float fraction = row->fraction;
-            float even = 0.0f, odd = 0.0f;  // two sums, since an addition waits for the one before
+            float sums[2] = {0.0f, 0.0f};  // two, since an addition waits for the one before
 #pragma unroll
-            for (int k = 0; k < K; ++k)
-                (k % 2 ? odd : even) += fast_exp2(line.at(k, fraction));
-            float exponentials = even + odd, highest = 0.0f;
+            for (int k = 0; k < K; ++k) {
+                const float exponential = fast_exp2(line.at(k, fraction));
+                sums[k % 2] = k < 2 ? exponential : sums[k % 2] + exponential;
+            }
+            float exponentials = sums[0] + sums[1], highest = 0.0f;
             if (exponentials < 1e-18f) {  // all are far below, between pixels with different largest classes
                 highest = -INFINITE;
 #pragma unroll
@@ -504,21 +518,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 6 : 4) ohem_forward
                     exponentials += fast_exp2(line.at(k, fraction) - highest);
             }
             nan = fmaf(exponentials, 0.0f, nan);
-            const bool known = label >= 0 && label < K;
-            float value = IGNORED;
-            if (label != IGNORE) {
-                value = NOT_A_NUMBER;
-                if (known) {
-                    const float own = between.score(top + int(label), to_below, fraction);
-                    value = LN_2 * ((highest - own) + fast_log2(exponentials));
-                    if (value <= 0.0f) value = 0.0f;  // rounding; a NaN passes
-                }
-                ++valid;
-                if (!(value <= hard_loss)) {
-                    ++hard;
-                    sum += value;
-                }
-            }
+            const bool known = label >= 0 && label < K;  // without branches: few pixels would take them
+            const float own = between.score(top + (known ? int(label) : 0), to_below, fraction);
+            float value = LN_2 * ((highest - own) + fast_log2(exponentials));
+            if (value <= 0.0f) value = 0.0f;  // rounding; a NaN passes
+            if (!known) value = label == IGNORE ? IGNORED : NOT_A_NUMBER;
+            const bool is_hard = !(value <= hard_loss);  // IGNORED is not, a NaN is
+            sum += is_hard ? value : 0.0f;
+            hard += is_hard;
+            valid += label != IGNORE;
             if (inside) *loss_here = value;
         }
         __syncthreads();
@@ -594,16 +602,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
 
     const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
     const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
-    const int tiles_x = int((w + tile_columns - 1) / tile_columns);
-    const int tiles_y = int((h + tile_rows - 1) / tile_rows);
-    const int first_x = int(blockIdx.x % tiles_x * tile_columns);
-    const int first_y = int(blockIdx.x / tiles_x % tiles_y * tile_rows);
-    const int64 image = blockIdx.x / tiles_x / tiles_y;
+    const Tile tile(blockIdx.x, tile_rows, tile_columns, h, w);
+    const int first_x = tile.first_x, first_y = tile.first_y;
+    const int64 image = tile.image;
     const int columns = min(int(tile_columns), int(w) - first_x);
     const int last_y = min(first_y + int(tile_rows), int(h)) - 1;
     const int first_column = max(first_x - 1, 0), last_column = int(w) - 1 - first_column;
     const int near_columns = first_x + columns + 1 - first_column;
     const Logit* origin = logits + image * image_stride + first_column * pixel_stride;
+
+    const float* const losses_here = losses + image * full_h * full_w;
+    const Label* const target_here = target + image * full_h * full_w;
+    const Offset width = Offset(full_w);
 
     const float cut = selection->cut, share = selection->share;
     const float scale = selection->scale * *upstream;
@@ -621,13 +631,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
         const Between between(horizontal, pixel, first_column, near_columns);
 
         __syncthreads();
-        const int place = inside ? threadIdx.x + between.left + first_column - (first_x - 1) : PLACES - 1;
+        // Threads outside have places of their own, which hold zeros.
+        const int place = threadIdx.x + min(between.left + first_column - (first_x - 1), columns + 1);
         for (int i = threadIdx.x; i < 2 * PLACES * QUADS; i += blockDim.x)
             quad(&gathered[0][0][0], i) = {0.0f, 0.0f, 0.0f, 0.0f};
         for (int i = threadIdx.x; i < PLACES; i += blockDim.x)
             fractions[i] = 0.0f;
         __syncthreads();
-        if (inside) fractions[place] = between.fraction;
+        fractions[place] = between.fraction;
         for (int i = threadIdx.x; i < columns + 2; i += blockDim.x) {
             const int start = horizontal.first(first_x - 1 + i) - base;
             starts[i] = max(0, min(start, min(int(blockDim.x), end - base)));
@@ -641,14 +652,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
         if (inside) {
             int bit = first_y > 0 ? 0 : 1;
             const int last_bit = last_y - first_y + 1, end_y = row_starts[last_bit + 1];
-            const float* map = losses + ((image * full_h + row_starts[bit]) * full_w + pixel);
+            Offset at = Offset(row_starts[bit]) * width + pixel;
             for (int y = row_starts[bit]; y < end_y; y += 32) {
                 unsigned rows = 0;  // a bit for each of 32 rows of pixels, the first one on the left
                 const int count = min(32, end_y - y);
 #pragma unroll 8
-                for (int i = 0; i < count; ++i, map += full_w)
-                    rows = 2 * rows + unsigned(*map >= cut);
-                rows <<= 32 - count;
+                for (int i = 0; i < count; ++i, at += width)
+                    rows |= losses_here[at] >= cut ? 0x80000000u >> i : 0u;
                 for (; bit <= last_bit; ++bit) {
                     const int from = max(row_starts[bit] - y, 0), to = row_starts[bit + 1] - y;
                     if (to > from && rows << from >> (32 - (min(to, 32) - from))) mine |= uint64(1) << bit;
@@ -661,57 +671,44 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
         __syncthreads();
         const uint64 all = uint64(kept[1]) << 32 | kept[0];
 
-        float row_above[K], row_below[K];  // sums for the rows of logits above and below the cell
-#pragma unroll
-        for (int k = 0; k < K; ++k)
-            row_below[k] = 0.0f;
+        float row_above[K] = {}, row_below[K] = {};  // sums for the rows of logits above and below the cell
         Line line;
         bool carry = false;
+        StagedRow *above = &staged[0], *below = &staged[1];
         int staged_to = -1;  // rows before this one are in shared memory, those that are of use
         for (int cell = max(first_y - 1, 0); cell <= last_y; ++cell) {
             const int bit = cell - first_y + 1;
             const bool here_in_block = all >> bit & 1, here = mine >> bit & 1;
             const bool has_bottom = vertical.has_next(cell);
-            StagedRow &above = staged[cell & 1], &below = staged[(cell + 1) & 1];
-            float(&for_above)[PAD] = gathered[cell & 1][place];
-            const int to_row_below = (cell & 1 ? -1 : 1) * PLACES * PAD;
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-                row_above[k] = row_below[k];
-                row_below[k] = 0.0f;
-            }
+            float(&for_above)[PAD] = gathered[cell & 1][place], (&for_below)[PAD] = gathered[~cell & 1][place];
             if (here_in_block) {
-                if (cell == first_y) __syncthreads();  // the cell before may still be read
                 if (staged_to <= cell)
-                    stage(above, origin + cell * row_stride, class_stride, pixel_stride, near_columns, last_column);
+                    stage(*above, origin + cell * row_stride, class_stride, pixel_stride, near_columns, last_column);
                 if (has_bottom)
-                    stage(below, origin + (cell + 1) * row_stride, class_stride, pixel_stride, near_columns, last_column);
+                    stage(*below, origin + (cell + 1) * row_stride, class_stride, pixel_stride, near_columns, last_column);
                 staged_to = has_bottom ? cell + 2 : cell + 1;
                 __syncthreads();
             }
             if (here) {
-                line.load(between, above, below, has_bottom, carry);
+                line.load(between, *above, *below, has_bottom, carry);
                 carry = has_bottom;
-                const float* const top = above[between.left];
-                const int to_below = has_bottom ? (cell & 1 ? -1 : 1) * COLUMNS * PAD : 0;
+                const float* const top = (*above)[between.left];
+                const int to_below = has_bottom ? int((*below)[0] - (*above)[0]) : 0;
                 const float last = cell + 1 < int(h) ? 1.0f : 0.0f;
                 const int cell_begin = row_starts[bit];
-                const int64 at = (image * full_h + cell_begin) * full_w + pixel;
-                const float* loss_here = losses + at;
-                const Label* label_here = target + at;
+                Offset at = Offset(cell_begin) * width + pixel;
                 const float cell_end = float(row_starts[bit + 1]);  // all numbers of rows are exact in float32
-                for (float y = float(cell_begin); y < cell_end; y += 1.0f, loss_here += full_w, label_here += full_w) {
-                    const float value = *loss_here;
-                    const int label = int(*label_here);
+                for (float y = float(cell_begin); y < cell_end; y += 1.0f, at += width) {
+                    const float value = losses_here[at];
+                    const int label = int(target_here[at]);
                     const float weight = value > cut ? 1.0f : value == cut ? share : 0.0f;
                     if (weight == 0.0f) continue;
                     const float fraction = last * (vertical.source(y) - float(cell));
                     const float own = between.score(top + label, to_below, fraction);
                     const float log_sum = fmaf(value, LOG2_E, own);
                     const float weight_below = weight * fraction, weight_above = weight - weight_below;
-                    float* const own_gradient = for_above + label;
-                    own_gradient[0] -= weight_above;
-                    own_gradient[to_row_below] -= weight_below;
+                    for_above[label] -= weight_above;
+                    for_below[label] -= weight_below;
                     if (log_sum > -60.0f) {
                         const float normalizer = fast_exp2(-log_sum);
                         const float a = weight_above * normalizer, b = weight_below * normalizer;
@@ -733,38 +730,40 @@ extern "C" __global__ void __launch_bounds__(BLOCK, K > 20 ? 4 : 3) ohem_backwar
             } else {
                 carry = false;
             }
-            if (cell < first_y) {  // the row above belongs to another block
-                if (here) clear(for_above);
-                continue;
-            }
-
             const bool some = here_in_block || (bit > 0 && all >> (bit - 1) & 1);
             if (some) {
-                if (inside) {
 #pragma unroll
-                    for (int j = 0; j < QUADS; ++j) {
-                        float4 sum = quad(for_above, j);
-                        if (4 * j < K) sum.x += row_above[4 * j];
-                        if (4 * j + 1 < K) sum.y += row_above[4 * j + 1];
-                        if (4 * j + 2 < K) sum.z += row_above[4 * j + 2];
-                        if (4 * j + 3 < K) sum.w += row_above[4 * j + 3];
-                        quad(for_above, j) = sum;
-                    }
+                for (int j = 0; j < QUADS; ++j) {
+                    float4 sum = quad(for_above, j);
+                    if (4 * j < K) sum.x += row_above[4 * j];
+                    if (4 * j + 1 < K) sum.y += row_above[4 * j + 1];
+                    if (4 * j + 2 < K) sum.z += row_above[4 * j + 2];
+                    if (4 * j + 3 < K) sum.w += row_above[4 * j + 3];
+                    quad(for_above, j) = sum;
+                }
+#pragma unroll
+                for (int k = 0; k < K; ++k) {
+                    row_above[k] = row_below[k];
+                    row_below[k] = 0.0f;
                 }
                 __syncthreads();
             }
             Logit* const row_out = gradient + image * image_stride_out + cell * row_stride_out + first_x * pixel_stride_out;
             const int part = end - begin <= int(blockDim.x) ? 0 : (base > begin ? 1 : 0) | (base + int(blockDim.x) < end ? 2 : 4);
+            const int own_columns = cell < first_y ? 0 : columns;  // the row above the tile belongs to another block
             if (spread)
-                for (int item = threadIdx.x; item < columns * QUADS; item += blockDim.x)
+                for (int item = threadIdx.x; item < own_columns * QUADS; item += blockDim.x)
                     gather<1>(gathered[cell & 1], fractions, starts, some, item / QUADS, item % QUADS, row_out, pixel_stride_out, class_stride_out, scale, sums, part);
             else
-                for (int q = threadIdx.x; q < columns; q += blockDim.x)
+                for (int q = threadIdx.x; q < own_columns; q += blockDim.x)
                     gather<QUADS>(gathered[cell & 1], fractions, starts, some, q, 0, row_out, pixel_stride_out, class_stride_out, scale, sums, part);
             if (some) {
                 __syncthreads();
-                if (inside) clear(for_above);
+                clear(for_above);
             }
+            StagedRow* const free = above;
+            above = below;
+            below = free;
         }
     }
 }
@@ -847,13 +846,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 3) ohem_forward(
     GEOMETRY, RULE, int64 tile_rows, int64 tile_columns, float* __restrict__ losses, RESULTS) {
     const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
     const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
-    const int tiles_x = int((full_w + tile_columns - 1) / tile_columns);
-    const int tiles_y = int((full_h + tile_rows - 1) / tile_rows);
-    const int tile_x = blockIdx.x % tiles_x;
-    const int tile_y = blockIdx.x / tiles_x % tiles_y;
-    const int64 image = blockIdx.x / tiles_x / tiles_y;
+    const Tile tile(blockIdx.x, tile_rows, tile_columns, full_h, full_w);
+    const int64 image = tile.image;
 
-    const int x = tile_x * int(tile_columns) + int(threadIdx.x);
+    const int x = tile.first_x + int(threadIdx.x);
     const bool inside = int(threadIdx.x) < tile_columns && x < full_w;
     const int pixel = inside ? x : int(full_w) - 1;
     const int left = horizontal.cell(pixel);
@@ -862,7 +858,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 3) ohem_forward(
 
     __shared__ int cells[PIXEL_ROWS];
     __shared__ float fractions[PIXEL_ROWS];
-    const int begin = tile_y * int(tile_rows);
+    const int begin = tile.first_y;
     const int rows = min(int(tile_rows), int(full_h) - begin);
     for (int i = threadIdx.x; i < rows; i += blockDim.x) {
         cells[i] = vertical.cell(begin + i);
@@ -930,13 +926,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 3) ohem_backward(
     const Axis vertical = {int(h), int(full_h), scale_y, align != 0};
     const Axis horizontal = {int(w), int(full_w), scale_x, align != 0};
     const int chunks = (int(classes) + K - 1) / K;
-    const int tiles_x = int((w + tile_columns - 1) / tile_columns);
-    const int tiles_y = int((h + tile_rows - 1) / tile_rows);
     const int first_class = int(blockIdx.x) % chunks * K;
     const int count = min(K, int(classes) - first_class);
-    const int first_x = int(blockIdx.x / chunks % tiles_x * tile_columns);
-    const int first_y = int(blockIdx.x / chunks / tiles_x % tiles_y * tile_rows);
-    const int64 image = blockIdx.x / chunks / tiles_x / tiles_y;
+    const Tile tile(blockIdx.x / chunks, tile_rows, tile_columns, h, w);
+    const int first_x = tile.first_x, first_y = tile.first_y;
+    const int64 image = tile.image;
     const int columns = min(int(tile_columns), int(w) - first_x);
     const int last_y = min(first_y + int(tile_rows), int(h)) - 1;
 

@@ -29,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 BENCHMARKS = ("data", "step", "evaluation", "prediction", "start")
-OUTPUTS = Path(__file__).resolve().parents[1] / "outputs" / "benchmarks"
+OUTPUTS = Path("outputs/benchmarks")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ print("commit", said("git", "describe", "--always", "--dirty"))
 print("gpu", said("nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader"))'
 cat "$results/versions.log"
 cuda=$("$PYTHON" -c 'import torch; print(int(torch.cuda.is_available()))' 2> /dev/null || echo 0)
-if [ "$cuda" = 1 ]; then loss=(); step=(); else loss=(--shrink 4 --repeats 1); step=(--shrink 16 --repeats 1); fi
+if [ "$cuda" = 1 ]; then loss=(); step=(--device cuda --batch 16); else loss=(--shrink 4 --repeats 1); step=(--size 64 128 --rounds 1); fi
 
 stage build 40 "$PYTHON" -c 'import sys, torch
 from bisenet import kernel
@@ -65,8 +65,8 @@ stage tests 150 "$PYTHON" -m pytest tests/test_kernel.py -m gpu -q -p no:cachepr
 tail -n 3 "$results/tests.log"
 stage loss 150 "$PYTHON" kernels/ohem/bench.py --output "$results" "${loss[@]}"
 show '^|' loss
-stage step 110 "$PYTHON" kernels/ohem/bench_step.py --output "$results" "${step[@]}"
-show '^|' step
+stage step 110 env -C "$results" "$PYTHON" "$PWD/scripts/bench_step.py" --models bisenetv2 "${step[@]}"  # REFERENCE_ROOT compares
+show '│' step
 if [ "$cuda" = 1 ] && command -v ncu > /dev/null; then
     for head in 0 1; do  # of V2: strides 8 and 2
         stage "ncu$head" 40 ncu --set basic --kernel-name regex:ohem --launch-count 5 "$PYTHON" -c "import sys, torch

@@ -107,3 +107,13 @@ def test_the_command_measures_the_options_of_model(tmp_path: Path) -> None:
         rows = [(row["model"], row["runtime"]) for row in csv.DictReader(stream)]
     assert rows == [(model, runtime) for model in ("bisenetv1_diss", "bisenetv2") for runtime in ("eager", "folded")]
     assert json.loads((tmp_path / "out" / "benchmark.json").read_text())["provenance"]["versions"]["torch"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_steps_writes_what_it_measured(tmp_path: Path) -> None:
+    done = script("bench_step.py", "--models", "bisenetv2", "--size", "64", "128", "--rounds", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = tmp_path.glob("outputs/benchmarks/step_*.json")
+    rows = {row["what"]: row["value"] for row in json.loads(file.read_text())["rows"]}
+    assert len(rows) == 8
+    assert all(value > 0 for value in rows.values())

@@ -773,40 +773,37 @@ def test_the_source_is_in_the_wheel(tmp_path):
 
 
 @pytest.fixture
-def benchmarks(monkeypatch):
-    """``bench`` and ``bench_step`` as modules."""
+def bench(monkeypatch):
+    """``kernels/ohem/bench.py`` as a module."""
     monkeypatch.syspath_prepend(kernel.source_path().parent)
     monkeypatch.delitem(sys.modules, "bench", raising=False)
-    monkeypatch.delitem(sys.modules, "bench_step", raising=False)
     handler = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nothing handles SIGTERM"))
-    yield importlib.import_module("bench"), importlib.import_module("bench_step")
+    yield importlib.import_module("bench")
     signal.signal(signal.SIGTERM, handler)
 
 
-def test_a_benchmark_stopped_by_a_time_limit_writes_what_it_has(benchmarks, monkeypatch, tmp_path):
-    bench, bench_step = benchmarks
+def test_a_benchmark_stopped_by_a_time_limit_writes_what_it_has(bench, monkeypatch, tmp_path):
     times = iter([12.5])
 
     def measure(*_):
         for time in times:
-            return time, 0.0, 1.0
+            return {"naive": bench.Sample(time, 1.0, 1.0)}
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("not stopped")
 
-    monkeypatch.setattr(bench_step, "measure", measure)
+    monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setenv("PATH", "")  # a machine without git and nvidia-smi
-    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--shrink", "16", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--shrink", "4", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="what was measured until then is written"):
-        bench_step.main()
+        bench.main()
     (table,) = tmp_path.glob("*.md")
-    assert "| 12.5 |" in table.read_text()
+    assert "| naive | 12.500 | 1.000 |" in table.read_text()
     assert "commit: unknown" in table.read_text()
     assert next(iter(bench.NETWORKS)) == "bisenetv2" in table.read_text()  # which matters more, is measured first
 
 
 @pytest.mark.parametrize("hard", [1.0, 0.08, 0.002])
-def test_the_baseline_computes_the_same_loss_without_conversions(benchmarks, hard):
-    bench, _ = benchmarks
+def test_the_baseline_computes_the_same_loss_without_conversions(bench, hard):
     logits, target = bench.make_inputs(1, (128, 256), 8, hard, torch.float32, torch.device("cpu"))
     baseline = bench.naive(logits, labels=target.long(), limit=bench.LIMIT)
     torch.testing.assert_close(baseline, bench.ours("torch")(logits, target))

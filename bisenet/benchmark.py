@@ -40,8 +40,7 @@ def _eager(network: nn.Module, image: Tensor) -> Run:
 
 
 def _folded(network: nn.Module, image: Tensor) -> Run:
-    folded: Any = fold(network)
-    folded.to(memory_format=torch.channels_last)
+    folded = fold(network, torch.channels_last)
     return lambda given: folded(given.contiguous(memory_format=torch.channels_last))[0]
 
 

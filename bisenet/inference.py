@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -380,17 +379,27 @@ class Segmenter(nn.Module):
     def _network(self) -> nn.Module:
         """What predicts: on a CPU, in fp32 and evaluation mode an accelerated copy with the weights of the moment.
 
-        Elsewhere the network itself: in half precision folded weights round otherwise, and GPUs were not measured.
+        Elsewhere the network itself: in half precision folded weights round otherwise, and GPUs were not measured. A
+        network with hooks, which the copy would not call, stays as well.
         """
         network, on_cpu = self.network, self.mean.device.type == "cpu"
-        if network.training or not on_cpu or self.precision != "fp32" or network._compiled_call_impl is not None:
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+        compiled = network._compiled_call_impl is not None
+        if network.training or not on_cpu or self.precision != "fp32" or compiled or hooked:
             self._faster = None
             return network
-        tensors = chain(network.parameters(), network.buffers())
-        weights = id(network), [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
-        if self._faster is None or self._faster[0] != weights:
-            self._faster = weights, accelerate(network)
+        tensors = [*network.parameters(), *network.buffers()]
+        versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        # Not everything that writes to a tensor raises its version: fused optimizers do not, nor does `.data`.
+        values = [tensor.detach()[(0,) * tensor.ndim] for tensor in tensors if tensor.ndim > 1]
+        values = torch.stack(values).tolist() if values else []
+        known = id(network), network.align_corners, values, versions
+        if self._faster is None or self._faster[0] != known:
+            self._faster = known, accelerate(network)
         return self._faster[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_faster": None}  # which a copy makes for itself
 
     @torch.inference_mode()
     def predict(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

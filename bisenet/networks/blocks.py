@@ -7,13 +7,12 @@ rounded up: every layer with stride 2 makes ceil(h / 2) of h.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 import logging
 import math
-import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cache
-from typing import Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger(__name__)
+
+_M = TypeVar("_M", bound=nn.Module)
 
 Generation = Literal["current", "older"]
 """Which published code a network repeats: `current`, or `older` (2018 to 2020)."""
@@ -106,71 +107,82 @@ def recomputed(layers: Callable[[Tensor], Tensor], x: Tensor, *, training: bool)
     return checkpoint(layers, x, use_reentrant=False) if training else layers(x)
 
 
-def fold(network: nn.Module) -> nn.Module:
+@torch.inference_mode(False)
+@torch.no_grad()
+def fold(network: nn.Module, layout: torch.memory_format = torch.contiguous_format) -> nn.Module:
     """Return a copy in evaluation mode without auxiliary heads, its batch norms folded into the convolutions before.
 
-    Raises ValueError for a network of one's own that `torch.fx` cannot trace.
+    What follows what is seen on an image of 64 x 64, by which the copy is compared with the network in the end. Raises
+    ValueError for a network of one's own that cannot be copied, folded, or run on such an image.
     """
-    copied = deepcopy(network).eval()
-    for module in list(copied.modules()):
-        for name, norm in list(module.named_children()):
-            if isinstance(norm, PositiveBatchNorm):
-                plain = nn.BatchNorm2d(len(norm.weight), eps=norm.statistics.eps).eval()
-                scale = norm.weight.detach().abs() + norm.statistics.eps
-                plain.load_state_dict({**norm.state_dict(), "weight": scale}, strict=False)
-                setattr(module, name, plain)
     try:
-        nodes = list(torch.fx.Tracer().trace(copied).nodes)
-    except Exception as error:  # torch.fx raises of any kind
-        raise ValueError(f"{type(network).__name__} cannot be traced: {error}") from error
-    modules, uses = dict(copied.named_modules()), Counter(node.target for node in nodes)
-    for node in nodes:
-        norm, before = modules.get(str(node.target)), node.args[0] if node.args else None
-        if not isinstance(norm, nn.BatchNorm2d) or not isinstance(before, torch.fx.Node) or len(before.users) > 1:
-            continue
-        conv = modules.get(str(before.target))
-        if isinstance(conv, nn.Conv2d) and norm.track_running_stats and uses[node.target] == uses[before.target] == 1:
-            copied.set_submodule(str(before.target), fuse_conv_bn_eval(conv, norm))
-            copied.set_submodule(str(node.target), nn.Identity())
-    for name, _ in list(copied.named_children()):
-        if not any(f"{target}.".startswith(f"{name}.") for target in uses):
-            setattr(copied, name, nn.Identity())
+        copied = deepcopy(network).eval()
+        parameter = next(copied.parameters())
+        image = torch.linspace(-2, 2, 3 * 64 * 64).view(1, 3, 64, 64).to(parameter.device, parameter.dtype)
+        expected = copied(image)[0]
+        for module in list(copied.modules()):
+            for name, norm in list(module.named_children()):
+                if isinstance(norm, PositiveBatchNorm):
+                    setattr(module, name, norm.plain())
+        if not (pairs := _foldable(copied, image)):
+            raise ValueError("no batch norm follows a convolution")
+        for conv, norm in pairs:
+            copied.set_submodule(
+                conv, fuse_conv_bn_eval(_of(copied, conv, nn.Conv2d), _of(copied, norm, nn.BatchNorm2d))
+            )
+            copied.set_submodule(norm, nn.Identity())
+        copied.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        difference = (copied(image)[0] - expected).abs().max() / expected.abs().max()
+    except Exception as error:  # code of others
+        raise ValueError(f"{type(network).__name__} cannot be folded: {type(error).__name__}: {error}") from error
+    if not difference <= (1e-3 if parameter.dtype == torch.float32 else 0.1):
+        raise ValueError(f"{type(network).__name__} cannot be folded: it predicts something else then")
     return copied
 
 
-@cache
-def prefers_channels_last() -> bool:
-    """Whether this CPU convolves at least about as fast in `channels_last`: a probe of some 20 ms, once a process.
+def _foldable(network: nn.Module, image: Tensor) -> list[tuple[str, str]]:
+    """Names of convolutions and of the norms that get their outputs, each called once; drops children never called.
 
-    It has to be a tenth slower to be refused, so that noise does not decide.
+    Hooks of these modules tell. Tracing by torch.fx would change how modules are called in all threads.
     """
-    best: dict[torch.memory_format, float] = {}
-    for layout in (torch.contiguous_format, torch.channels_last) * 4:
-        x, weight = (torch.ones(shape).contiguous(memory_format=layout) for shape in ((1, 64, 32, 64), (64, 64, 3, 3)))
-        started = time.perf_counter()
-        F.conv2d(x, weight, padding=1).relu_()
-        best[layout] = min(best.get(layout, math.inf), time.perf_counter() - started)
-    log.debug("seconds of a convolution: %s", best)
-    return best[torch.channels_last] <= 1.1 * best[torch.contiguous_format]
+    calls: Counter[str] = Counter()
+    made: dict[int, tuple[str, Tensor, int]] = {}  # outputs of convolutions; a version tells what was changed in place
+    pairs: list[tuple[str, str]] = []
+
+    def note(name: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        calls[name] += 1
+        if isinstance(module, nn.Conv2d):
+            made[id(output)] = name, output, output._version
+        elif isinstance(module, nn.BatchNorm2d) and module.track_running_stats and id(given[0]) in made:
+            conv, tensor, version = made[id(given[0])]
+            if tensor._version == version:
+                pairs.append((conv, name))
+
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in network.named_modules() if name]
+    network(image)
+    for hook in hooks:
+        hook.remove()
+    for name, _ in list(network.named_children()):
+        if not any(f"{called}.".startswith(f"{name}.") for called in calls):
+            setattr(network, name, nn.Identity())
+    return [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1]
 
 
-@torch.no_grad()
+def _of(network: nn.Module, name: str, kind: type[_M]) -> _M:
+    module = network.get_submodule(name)
+    assert isinstance(module, kind)
+    return module
+
+
 def accelerate(network: nn.Module) -> nn.Module:
-    """Return a network that predicts the same on a CPU and is faster: folded, in `channels_last` where that is faster.
+    """Return a network that predicts the same on a CPU and is faster: folded, in `channels_last`.
 
     A network of one's own for which that does not work is returned itself, with a line for debugging.
     """
     try:
-        folded: nn.Module = fold(network)
-        if prefers_channels_last():
-            folded.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        x = torch.linspace(-2, 2, 3 * 64 * 64).view(1, 3, 64, 64)
-        expected, found = network(x)[0], folded(x)[0]
-        if not (found - expected).abs().max() <= 1e-3 * expected.abs().max():
-            raise ValueError("the folded network predicts something else")
-        return folded
-    except Exception as error:  # code of others
-        log.debug("%s predicts as it is: %s", type(network).__name__, error)
+        return fold(network, torch.channels_last)
+    except ValueError as error:
+        log.debug("predicts as it is: %s", error)
         return network
 
 
@@ -189,6 +201,13 @@ class PositiveBatchNorm(nn.Module):
         self.statistics = nn.BatchNorm2d(channels, affine=False)
         self.register_state_dict_post_hook(_flatten_statistics)
         self.register_load_state_dict_pre_hook(_nest_statistics)
+
+    def plain(self) -> nn.BatchNorm2d:
+        """Return a batch norm that computes the same in evaluation mode."""
+        norm = nn.BatchNorm2d(len(self.weight), eps=self.statistics.eps).to(self.weight).eval()
+        scale = self.weight.detach().abs() + self.statistics.eps
+        norm.load_state_dict({**self.state_dict(), "weight": scale}, strict=False)
+        return norm
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight.abs() + self.statistics.eps

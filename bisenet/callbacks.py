@@ -43,16 +43,18 @@ def ends_step(trainer: Trainer, batch_idx: int) -> bool:
 class StepClock(Callback):
     """Logs ``time/step`` (seconds of a whole step) and ``time/data`` (the part of it spent waiting for batches).
 
-    Warns once, after 50 steps that spent more than a tenth of their time so. The first 50 of a process, in which
-    workers start and libraries choose their algorithms, are passed over. What a process waits, its GPU waits as well:
-    :class:`NonFinite` keeps it from running ahead by more than a step.
+    Stands last among the callbacks, since what those after it do would count as waiting.
+
+    Warns once, after 50 steps that spent more than a tenth of their time so, on a GPU only while that had nothing to
+    do. The first 50 of a process, in which workers start and libraries choose their algorithms, are passed over.
     """
 
     def __init__(self) -> None:
         self._step = self._data = 0.0  # of the step that has begun
         self._idle_since = perf_counter()
         self._steps, self._warned = 0, False
-        self._stretch = np.zeros(2)  # seconds of both kinds since the last 50th step
+        self._stretch = np.zeros(2)  # seconds of steps, and of those waiting, since the last 50th step
+        self._busy: Callable[[], bool] = lambda: False  # whether the device still works at the step before
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The wait for the first batch begins."""
@@ -64,7 +66,9 @@ class StepClock(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The batch has arrived."""
-        self._data += perf_counter() - self._idle_since
+        waited = perf_counter() - self._idle_since
+        self._data += waited
+        self._stretch[1] += 0 if self._busy() else waited
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -73,6 +77,9 @@ class StepClock(Callback):
         now = perf_counter()
         self._step += now - self._idle_since
         self._idle_since = now
+        if pl_module.device.type == "cuda":
+            done = torch.cuda.current_stream().record_event()
+            self._busy = lambda: not done.query()
         if ends_step(trainer, batch_idx):
             if is_logged(trainer):
                 pl_module.log_dict({"time/step": self._step, "time/data": self._data})
@@ -81,10 +88,10 @@ class StepClock(Callback):
 
     def _judge(self, trainer: Trainer) -> None:
         self._steps += 1
-        self._stretch += self._step, self._data
+        self._stretch[0] += self._step
         if self._steps % 50 == 0:
             step, data = self._stretch
-            if self._steps > 50 and data > 0.1 * step and not self._warned:
+            if self._steps > 50 and data > 0.1 * step and not self._warned and trainer.is_global_zero:
                 loader: Any = trainer.train_dataloader
                 log.warning("%.0f %% of the last 50 steps went into waiting for data: give data.workers=<more than %d> "
                             "or data.cache=memmap, with which images are decoded once",

@@ -383,7 +383,7 @@ def resumed(cfg: DictConfig) -> DictConfig:
         longer = f". {launch.LONGER}" if "trainer.max_steps" in refused else ""
         accepted = ", ".join(launch.PRACTICAL)
         raise ValueError(f"resume: {', '.join(refused)} may not change; accepted beside resume: {accepted}{longer}")
-    stored = OmegaConf.load(Path(cfg.resume) / ".hydra" / "config.yaml")
+    stored = OmegaConf.merge({"channels_last": "auto"}, OmegaConf.load(Path(cfg.resume) / ".hydra" / "config.yaml"))
     assert isinstance(stored, DictConfig)
     from bisenet import checkpoint
 

@@ -3,11 +3,9 @@
 import inspect
 import json
 import logging
-import os
 import re
 import sys
 import time
-import timeit
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -124,7 +122,7 @@ def build_module(cfg: DictConfig, data: SegmentationDataModule, segmenter: Segme
         takes_fused = "fused" in inspect.signature(get_method(cfg.optimizer["_target_"])).parameters
         # Fused, a step in fp16 does not wait for the GPU; Lightning clips no gradients that such an optimizer unscales.
         fused = groups[0]["params"][0].is_cuda and takes_fused and cfg.trainer.gradient_clip_val is None
-        given = {"fused": True} if fused and "fused" not in cfg.optimizer else {}
+        given = {"fused": True} if fused and not {"fused", "foreach", "differentiable"} & cfg.optimizer.keys() else {}
         built = build(cfg, "optimizer", params=groups, **given)
         return built, build(cfg, "scheduler", optimizer=built)
 
@@ -188,49 +186,25 @@ def load_weights(cfg: DictConfig, network: nn.Module) -> None:
             checkpoint.finetune(network, cfg.finetune_from)
 
 
-def choose_layout(cfg: DictConfig, last: Path | None, network: nn.Module) -> None:
+def choose_layout(cfg: DictConfig, last: str | Path | None, network: nn.Module) -> None:
     """Put a network's weights into the memory layout of its training. ``auto`` becomes true or false in ``cfg``.
 
-    A checkpoint that is continued has the last word, since another layout rounds otherwise. On a GPU it is
-    channels_last in half precision, whose kernels want it. On a CPU a probe of some steps decides, unless processes
-    would have to agree or the training is deterministic.
+    A checkpoint that is continued has the last word, since another layout rounds otherwise. Else it is channels_last on
+    a GPU in half precision, whose kernels want it, and on a CPU with AVX-512: a rule, because a stopwatch would not
+    choose the same for the same command.
     """
     if cfg.channels_last == "auto":
-        half = cfg.trainer.precision != "32-true"
         if last:
             cfg.channels_last = checkpoint.read(last).hyper_parameters.get("channels_last", False)
         elif cfg.trainer.accelerator != "cpu" and torch.cuda.is_available():
-            cfg.channels_last = half
-        elif cfg.trainer.deterministic or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            cfg.channels_last = False
+            cfg.channels_last = cfg.trainer.precision != "32-true"
         else:
-            gain = channels_last_gain(network, half)
-            cfg.channels_last = gain > 1.05
-            log.info("channels_last: %s, a step takes %.2f of the time with it", cfg.channels_last, 1 / gain)
+            cfg.channels_last = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        log.info("channels_last: %s", cfg.channels_last)
     elif type(cfg.channels_last) is not bool:
         raise ValueError(f"channels_last: got {cfg.channels_last}, accepted: auto | true | false")
     if cfg.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def channels_last_gain(network: nn.Module, half: bool) -> float:
-    """How many times faster steps of a training on small images are in channels_last, on this CPU; about a second."""
-    image, threads = torch.zeros(2, 3, 128, 128), torch.get_num_threads()
-    layouts = (torch.contiguous_format, torch.channels_last)
-    networks: Any = [deepcopy(network).train().to(memory_format=layout) for layout in layouts]  # type: ignore[call-overload]
-
-    def step(network: Any) -> None:
-        with torch.autocast("cpu", enabled=half):
-            output = network(image)
-        torch.stack([logits.float().mean() for logits in (output.logits, *output.aux)]).sum().backward()
-
-    torch.set_num_threads(1)  # with more, other processes on the machine would decide
-    try:
-        seconds = [[timeit.timeit(partial(step, network), number=1) for network in networks] for _ in range(4)]
-    finally:
-        torch.set_num_threads(threads)
-    contiguous, channels_last = map(min, zip(*seconds[1:], strict=True))  # the first steps are slower
-    return contiguous / channels_last
 
 
 # ---------------------------------------------------------------- training
@@ -272,7 +246,7 @@ def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any
     from_labels = OmegaConf.select(cfg, "loss.criterion.class_weights") == "enet"
     data = build_data(cfg)
     segmenter = build_segmenter(cfg, data)
-    choose_layout(cfg, last, segmenter.network)
+    choose_layout(cfg, last or cfg.ckpt_path, segmenter.network)
     module = build_module(cfg, data, segmenter)
     if last:
         require_same_training(last, module)

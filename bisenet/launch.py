@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 PRACTICAL = (
     "data.root", "data.workers", "data.cache", "data.cache_root", "trainer.accelerator", "trainer.enable_progress_bar",
-    "callbacks.progress", "logger", "hydra", "run_dir", "trust",
+    "callbacks.progress", "logger", "hydra", "run_dir", "trust", "max_pixels_per_batch",
 )  # fmt: skip
 """Keys that may differ when a run is continued: they cannot change its result."""
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -87,6 +87,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Coll
         ignored: keys that may differ, with all below them.
     """
     there, here = dict(_leaves(before)), dict(_leaves(now))
+    there.setdefault("channels_last", here.get("channels_last"))  # of a run from before 0.3.0, which stays contiguous
     keys = [
         key for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key) and str(there.get(key)) != str(here.get(key))  # nan is not itself

@@ -79,6 +79,12 @@ class SegmentationModule(LightningModule):
         """What the first process has read of the data, such as class weights, holds for all."""
         self._share_buffers()
 
+    def on_train_start(self) -> None:
+        """An optimizer stays fused or not, whatever it was in the training that is taken up."""
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group.update({key: optimizer.defaults[key] for key in {"fused", "foreach"} & optimizer.defaults.keys()})
+
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted evaluation may have counted; evaluate what a checkpoint would hold."""
         for metric in (*self.metrics, *self.seconds):

@@ -270,7 +270,7 @@ class Predictions:
                     yield source, *frame
 
         def hand_over(function: Callable[..., None], *arguments: Any) -> None:
-            while len(tasks) > 2:  # else frames would pile up
+            while len(tasks) > 1:  # else frames would pile up
                 tasks.popleft().result()
             tasks.append(writer.submit(function, *arguments))
 

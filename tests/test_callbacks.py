@@ -555,7 +555,7 @@ def test_waiting_for_data_is_told_once_and_not_of_the_first_steps(
 ) -> None:
     now = 0.0
     monkeypatch.setattr("bisenet.callbacks.perf_counter", lambda: now)
-    trainer: Any = SimpleNamespace(global_step=1, log_every_n_steps=10, accumulate_grad_batches=2,
+    trainer: Any = SimpleNamespace(global_step=1, log_every_n_steps=10, accumulate_grad_batches=2, is_global_zero=True,
                                    train_dataloader=SimpleNamespace(num_workers=3))  # fmt: skip
     clock, module = callbacks.StepClock(), MagicMock()
     clock.on_train_start(trainer, module)

@@ -1,6 +1,5 @@
 """Whole runs through the scripts, as a user starts them: train, evaluate, load, kill and resume."""
 
-import copy
 import csv
 import json
 import os
@@ -426,26 +425,21 @@ def test_a_run_whose_results_are_damaged_is_evaluated_again(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "gain", "expected"),
-    [
-        ([], 1.2, True),
-        ([], 1.0, False),
-        (["trainer.deterministic=true"], 1.2, False),
-        (["channels_last=true"], 0.5, True),
-    ],
+    ("override", "processor", "expected"),
+    [("auto", "AVX512", True), ("auto", "AVX2", False), ("false", "AVX512", False), ("true", "AVX2", True)],
 )
-def test_the_layout_is_the_faster_one_unless_told_otherwise(
-    overrides: list[str], gain: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+def test_the_layout_follows_the_processor_unless_told_otherwise(
+    override: str, processor: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "channels_last_gain", lambda *_: gain)
-    network, cfg = BiSeNetV2(4, width_multiplier=0.25), composed("trainer.accelerator=cpu", *overrides)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    network, cfg = BiSeNetV2(4, width_multiplier=0.25), composed("trainer.accelerator=cpu", f"channels_last={override}")
     experiment.choose_layout(cfg, None, network)
     weight = network.detail.S2.get_parameter("0.conv.weight")
     assert cfg.channels_last == weight.is_contiguous(memory_format=torch.channels_last) == expected
 
 
 def test_a_run_that_is_continued_keeps_its_layout(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "channels_last_gain", lambda *_: 2.0)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     cfg = composed("trainer.accelerator=cpu")
     experiment.choose_layout(cfg, checkpoint.newest(finished), BiSeNetV2(4, width_multiplier=0.25))
     assert cfg.channels_last is False
@@ -453,14 +447,19 @@ def test_a_run_that_is_continued_keeps_its_layout(finished: Path, monkeypatch: p
         experiment.choose_layout(composed("channels_last=yes_please"), None, BiSeNetV2(4))
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_the_gain_of_a_layout_is_measured_on_a_copy(half: bool) -> None:
-    network = BiSeNetV2(4, width_multiplier=0.25)
-    before, threads = copy.deepcopy(network.state_dict()), torch.get_num_threads()
-    assert 0.1 < experiment.channels_last_gain(network, half) < 10
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert all(parameter.grad is None for parameter in network.parameters())
-    assert torch.get_num_threads() == threads
+def test_a_run_from_before_layouts_is_continued(
+    unevaluated: tuple[Path, list[str]], finished: Path, tmp_path: Path
+) -> None:
+    run, _ = unevaluated
+    config, last = run / ".hydra" / "config.yaml", run / "checkpoints" / "last.ckpt"
+    config.write_text("".join(line for line in config.open() if not line.startswith("channels_last")))
+    content = torch.load(last, weights_only=True)
+    del content["hyper_parameters"]["channels_last"]
+    content["hyper_parameters"]["max_pixels_per_batch"] = 4194304
+    torch.save(content, last)
+    done = script("train.py", f"resume={run}", "trust=[kill]", f"data.root={tmp_path / 'scenes'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(run)["miou"] == results(finished)["miou"]
 
 
 def test_a_longer_training_is_no_continuation_but_a_run_from_these_weights(

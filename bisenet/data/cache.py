@@ -210,15 +210,19 @@ class DecodedCache:
             log.info("decoding %d images to %s, %s of %s that are free", len(missing), self.folder, _gb(sum(sizes)),
                      _gb(free))  # fmt: skip
             self._file.touch()
-            done = run(partial(_decode, read=self._read, file=self._file), missing, offsets)
+            done = run(partial(_decode, read=self._read, file=self._file), missing, offsets, shapes)
             for record in track(done, f"Decoding to {self.folder}", total=len(missing)):
                 note(record)
 
 
-def _decode(sample: "Sample", offset: int, read: "Callable[[Sample], Pixels]", file: Path) -> _Record:
+def _decode(
+    sample: "Sample", offset: int, shape: tuple[int, int], read: "Callable[[Sample], Pixels]", file: Path
+) -> _Record:
     """Decode a sample, and write it."""
     stamps, contents = _sources(sample)  # before: files that change meanwhile are seen the next time
     image, mask = read(sample)
+    if mask.shape != shape:  # there is no room for more
+        raise ValueError(f"{sample.image}, {sample.label}: changed while they were read; accepted: start again")
     _write(file, offset, image, mask)
     return _Record(_key(sample), offset, (mask.shape[0], mask.shape[1]), _checksum(image, mask), stamps, contents)
 
@@ -249,7 +253,8 @@ def _parse(line: str) -> _Record | None:
 
 
 def _key(sample: "Sample") -> str:
-    return json.dumps([str(sample.image), str(sample.label), sample.train_ids, sample.exif])
+    files = [os.path.abspath(file) for file in (sample.image, sample.label)]
+    return json.dumps([*files, sample.train_ids, sample.exif])
 
 
 def _stamps(sample: "Sample") -> list[list[int]]:

@@ -224,23 +224,34 @@ def plot_groups(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: 
     _save(figure, out)
 
 
-def plot_speed(rows: Sequence[Mapping[str, Any]], where: str, out: Path) -> None:
-    """Draw mIoU over images per second, a dot for each row of a benchmark whose ``miou`` is known, named at its right.
+_SETTINGS = ("size", "batch", "precision", "runtime")  # of a row of a benchmark
 
-    ``where`` says on what it was measured, and what was timed.
+
+def plot_speed(rows: Sequence[Mapping[str, Any]], where: str, out: Path) -> None:
+    """Draw mIoU over images per second: for each row of a benchmark whose ``miou`` is known a mark.
+
+    Colours are models, shapes are what else differs between the rows; what all have in common stands below. ``where``
+    says on what it was measured, and what was timed.
     """
-    figure, ((axes,),) = _figure((8, 5), 1, 1)
-    axes.set(xlabel=f"images per second ({where})", ylabel="mIoU, %", xscale="log")
     known = [row for row in rows if row["miou"] is not None]
+    values = {key: list(dict.fromkeys(str(row[key]) for row in known)) for key in _SETTINGS}
+    common = [f"{key} {found[0]}" for key, found in values.items() if len(found) == 1]
+    varying = [key for key, found in values.items() if len(found) > 1]
     names = list(dict.fromkeys(row["model"] for row in known))
+    settings = list(dict.fromkeys(", ".join(str(row[key]) for key in varying) for row in known))
+    figure, ((axes,),) = _figure((8, 5), 1, 1)
+    axes.set(xlabel=f"images per second ({', '.join([where, *common])})", ylabel="mIoU, %", xscale="log")
     for row in known:
-        x, y, colour = row["images_per_second"], 100 * row["miou"], _colour(names.index(row["model"]))
-        axes.plot(x, y, "o", color=colour, markersize=6)
-        text = "{size}, {batch}, {precision}, {runtime}".format_map(row)
-        axes.annotate(text, (x, y), (5, 5), textcoords="offset points", fontsize=7, rotation=30)
-    handles = [Patch(color=_colour(number), label=name) for number, name in enumerate(names)]
-    figure.legend(handles=handles, loc="outside upper left", frameon=False, fontsize=8.5)
-    axes.margins(0.15, 0.2)
+        marker = "osD^vPX*"[settings.index(", ".join(str(row[key]) for key in varying)) % 8]
+        colour = _colour(names.index(row["model"]))
+        axes.plot(
+            row["images_per_second"], 100 * row["miou"], marker, color=colour, markersize=7, markeredgecolor="white"
+        )
+    handles: list[Any] = [Patch(color=_colour(number), label=name) for number, name in enumerate(names)]
+    for number, setting in enumerate(settings if varying else ()):
+        handles += axes.plot([], [], "osD^vPX*"[number % 8], color="0.4", label=setting)
+    figure.legend(handles=handles, loc="outside upper left", frameon=False, fontsize=8.5, ncols=3)
+    axes.margins(0.1, 0.2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     _save(figure, out)

@@ -170,8 +170,8 @@ def predict(
     scores of whole views before their softmax, and the probabilities of views in windows after it; in between the
     logits are upsampled to the tile as the network's generation does it. One whole view needs no softmax.
 
-    Memory: the network's own, and then beside all logits at its stride the scores (B, C, H, W) of the image, twice, and
-    of the largest view, float32; of a protocol with windows also those of two windows.
+    Memory: the network's own, and then beside all logits at its stride float32 scores: of the image (B, C, H, W), of the
+    largest view (a single one in windows has the image's), and of two windows, or for whole views the image's again.
 
     Args:
         network: returns ``SegmentationOutput``; has ``align_corners``.
@@ -265,24 +265,25 @@ def _merge(
     if len(shown) == len(tiles) == 1 and not protocol.crop:
         return _classify(some, first.size, size, align_corners=align_corners)
     sizes = [view.size for view, _ in shown]
-    tile_scores, scores = _room(some, [tile.size for _, tiles in shown for tile in tiles]), _room(some, [size])
-    view_scores = _room(some, sizes) if protocol.crop else scores
+    tile_scores = _room(some, [tile.size for _, tiles in shown for tile in tiles])
+    view_scores = _room(some, sizes if protocol.crop else [size])
+    is_one = protocol.crop and sizes == [size]
 
     def score(view: View, tile: Tile) -> Tensor:
         x = _upsample(logits[view][tile], tile_scores(tile.size), align_corners=align_corners)
         if not protocol.crop and tile.size != size:
-            x = _upsample(x, scores(size), align_corners=True)
+            x = _upsample(x, view_scores(size), align_corners=True)
         x = (torch.log_softmax if protocol.merge == "log_prob" else torch.softmax)(x, 1, out=x)
         return x.flip(-1) if tile.mirrored else x
 
-    total = some.new_zeros(*some.shape[:2], *size)
+    total = view_scores(size).zero_() if is_one else some.new_zeros(*some.shape[:2], *size)
     for view, tiles in shown:
         if not protocol.crop:
             for tile in tiles:
                 total += score(view, tile)
             continue
         height, width = view.size
-        summed, times = view_scores(view.size).zero_(), some.new_zeros(height, width)
+        summed, times = total if is_one else view_scores(view.size).zero_(), some.new_zeros(height, width)
         for tile in (tile for tile in tiles if not tile.mirrored):
             inside = (..., slice(max(tile.top, 0), tile.bottom), slice(max(tile.left, 0), tile.right))
             within = (..., slice(max(-tile.top, 0), height - tile.top), slice(max(-tile.left, 0), width - tile.left))
@@ -295,7 +296,9 @@ def _merge(
             times[inside] += 1
         if protocol.merge != "reference":
             summed /= times
-        total += summed if view.size == size else _upsample(summed, scores(size), align_corners=True)
+        if not is_one:  # each class by itself, which needs little memory and changes no bit
+            for into, part in zip(total.split(1, dim=1), summed.split(1, dim=1), strict=True):
+                into += resize(part, size, align_corners=True)
     return total.max(dim=1).indices  # on a CPU several times as fast as argmax
 
 

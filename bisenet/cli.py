@@ -329,11 +329,9 @@ def train_task(cfg: DictConfig) -> None:
     """Train and evaluate a model, or many with -m."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, started by the user
         launch.end_with(os.getppid())
-    if not sweep.is_job():
-        return _train(cfg)
     try:
-        with launch.alone_in(Path(cfg.run_dir)):
-            return _train(cfg)
+        with launch.alone_in(Path(cfg.run_dir)) if sweep.is_job() else nullcontext():  # else RunDirectory has it locked
+            _train(cfg)
     except launch.InUse as error:
         log.info("%s: the job is left to it", error)
 
@@ -528,7 +526,11 @@ def benchmark(cfg: DictConfig) -> None:
 
 def train() -> None:
     """Train; where it was a multirun, end with the summary of its folder, whatever happened."""
-    sweep.run(train_task)
+    try:
+        train_task()
+    finally:
+        if sweep.SweepCallback.folder is not None:
+            sweep.summarize(sweep.SweepCallback.folder)
 
 
 COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "export": export, "serve": serve,

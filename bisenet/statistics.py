@@ -6,7 +6,6 @@ Pure functions on arrays, built on SciPy. Scores come in any unit (percentage po
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false
 
-import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -88,8 +87,9 @@ def summarize(values: ArrayLike, independent: int | None = None) -> Summary:
     n, mean = independent or len(scores), float(scores.mean())
     if n == 1:
         return Summary(1, mean, None, None, None, mean, mean, None)
-    sd, mean_of = _sd(scores), _t_test(_sample(scores, n))
-    return Summary(n, mean, sd, mean_of.low, mean_of.high, scores.min().item(), scores.max().item(), resolvable(n, sd))
+    sd = _sd(scores)
+    half = float(stats.t.isf((1 - CONFIDENCE) / 2, n - 1)) * sd / n**0.5
+    return Summary(n, mean, sd, mean - half, mean + half, scores.min().item(), scores.max().item(), resolvable(n, sd))
 
 
 def welch(first: ArrayLike, second: ArrayLike, independent: tuple[int, int] | None = None) -> Tested | None:
@@ -103,7 +103,7 @@ def welch(first: ArrayLike, second: ArrayLike, independent: tuple[int, int] | No
     variances = np.array([_sd(a), _sd(b)]) ** 2
     if not variances.any():
         return None
-    found = _t_test(_sample(a, n[0]), _sample(b, n[1]))
+    found = _t_test(float(a.mean() - b.mean()), variances / n, n - 1)
     unbiased = 1 - 3 / (4 * float(_satterthwaite(variances, n - 1)) - 1)  # Hedges 1981, with the df of unequal spreads
     return replace(found, effect_size=unbiased * found.estimate / float(variances.mean() ** 0.5))
 
@@ -111,23 +111,17 @@ def welch(first: ArrayLike, second: ArrayLike, independent: tuple[int, int] | No
 def paired(differences: ArrayLike, independent: int | None = None) -> Tested | None:
     """Test the mean of at least two differences within the same runs (t test); else as :func:`welch`."""
     scores = np.asarray(differences, np.float64)
-    return _t_test(_sample(scores, independent or len(scores))) if _sd(scores) else None
+    n, sd = independent or len(scores), _sd(scores)
+    return _t_test(float(scores.mean()), np.array([sd**2 / n]), n - 1) if sd else None
 
 
-def _sample(scores: NDArray[np.float64], n: int) -> NDArray[np.float64]:
-    """n scores of the same mean and standard deviation, which are all that a t test sees of them."""
-    spread = np.linspace(-1.0, 1.0, n)
-    return scores.mean() + _sd(scores) / spread.std(ddof=1) * spread
-
-
-def _t_test(first: NDArray[np.float64], second: NDArray[np.float64] | None = None) -> Tested:
-    """Mean of a sample, or difference of two means."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of samples without a spread
-        found = stats.ttest_1samp(first, 0) if second is None else stats.ttest_ind(first, second, equal_var=False)
-        low, high = found.confidence_interval(CONFIDENCE)
-    estimate = first.mean() - (0 if second is None else second.mean())
-    return Tested(float(estimate), float(low), float(high), float(found.pvalue))
+def _t_test(estimate: float, variances: NDArray[np.float64], df: ArrayLike) -> Tested:
+    """Of an estimate that is a sum of means, from the variance of each, which has so many degrees of freedom."""
+    error, df = float(variances.sum()) ** 0.5, _satterthwaite(variances, df)
+    half = error * stats.t.isf((1 - CONFIDENCE) / 2, df)
+    return Tested(
+        estimate, float(estimate - half), float(estimate + half), float(2 * stats.t.sf(abs(estimate) / error, df))
+    )
 
 
 def _satterthwaite(variances: NDArray[np.float64], df: ArrayLike) -> Any:

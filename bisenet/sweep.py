@@ -17,7 +17,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -68,15 +68,6 @@ class SweepCallback(Callback):
             except Exception as error:
                 known = isinstance(error, ValueError | OSError)  # says all that there is to say
                 log.error("job %s failed: %s", config.hydra.job.override_dirname or "run", error, exc_info=not known)
-
-
-def run(main: Callable[[], None]) -> None:
-    """Call a script's main; where it was a multirun, end with the summary of its folder, whatever happened."""
-    try:
-        main()
-    finally:
-        if SweepCallback.folder is not None:
-            summarize(SweepCallback.folder)
 
 
 def is_job() -> bool:

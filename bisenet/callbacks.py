@@ -56,16 +56,13 @@ class StepClock(Callback):
         self._stretch = np.zeros(2)  # seconds of steps, and of those waiting, since the last 50th step
         self._busy: Callable[[], bool] = lambda: False  # whether the device still works at the step before
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The wait for the first batch begins."""
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A validation is no part of a step, nor is what comes before the first."""
         self._idle_since = perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A validation is no part of a step."""
-        self._idle_since = perf_counter()
+    on_train_start = on_validation_end
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The batch has arrived."""
         waited = perf_counter() - self._idle_since
         self._data += waited
         self._stretch[1] += 0 if self._busy() else waited
@@ -117,25 +114,21 @@ class LossScale(Callback):
         return None if scaler is None else scaler.scale(torch.ones((), device=pl_module.device))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The scale before the step."""
         if (scale := self._scale(trainer, pl_module)) is not None:
             self._before = scale
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count a step that was skipped."""
         if (scale := self._scale(trainer, pl_module)) is not None:
             self._overflows = self._overflows + (scale < self._before)
             if is_logged(trainer):
                 pl_module.log_dict({"precision/scale": scale.item(), "precision/overflows": float(self._overflows)})
 
     def state_dict(self) -> dict[str, Any]:
-        """The count."""
         return {"overflows": int(self._overflows)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with a count."""
         self._overflows = state_dict["overflows"]
 
 
@@ -159,7 +152,6 @@ class ProgressBar(RichProgressBar):
         return "Training"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands to the right of the bar."""
         if is_logged(trainer) or not self._shown:
             metrics = trainer.callback_metrics
             names = {"train/loss": "loss", "time/step": "s/step", "time/data": "s/data"}
@@ -320,9 +312,7 @@ class LastCheckpoint(Checkpoint):
         trainer.strategy.barrier()  # all have read the checkpoint
         if trainer.is_global_zero:
             remove_drafts(self.path.parent)
-            if (
-                trainer.ckpt_path == previous
-            ):  # since last.ckpt is damaged or, after a kill between two renames, not there
+            if trainer.ckpt_path == previous:  # last.ckpt is damaged, or missing after a kill between two renames
                 os.replace(previous, self.path)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -455,16 +445,11 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from there, with the files that lie here."""
-        written, here = state_dict["dirpath"], str(self.dirpath)
-
-        def moved(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {moved(key): item for key, item in value.items()}
-            return here + value.removeprefix(written) if isinstance(value, str) and value.startswith(written) else value
-
-        state = {key: moved(value) for key, value in state_dict.items()}
-        if Path(state["best_model_path"]).is_file():  # else it is of the run whose checkpoint this one takes up
-            super().load_state_dict(state)
+        folder = Path(str(self.dirpath))
+        paths = {key: str(folder / Path(state_dict[key]).name) for key in ("best_model_path", "kth_best_model_path")}
+        scores = {str(folder / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
+        if Path(paths["best_model_path"]).is_file():  # else it is of the run whose checkpoint this one takes up
+            super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})
 
 
 class WeightAverage(Callback):
@@ -499,16 +484,13 @@ class WeightAverage(Callback):
         self._average.to(pl_module.device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update after a step of the optimizer."""
         if ends_step(trainer, batch_idx):
             self._average.update_parameters(pl_module.segmenter.network)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and the number of its updates."""
         return self._average.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from there."""
         self._average.load_state_dict(state_dict)
 
 
@@ -529,7 +511,6 @@ class PredictionPanel(Callback):
         self.images = images
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Predict the images with the weights that were validated."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
         if trainer.sanity_checking or not trainer.is_global_zero or not loggers:
             return
@@ -631,5 +612,4 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write the last row."""
         self.flush()

@@ -92,11 +92,9 @@ class SegmentationModule(LightningModule):
         self._share_buffers()
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
-        """Predict under the first protocol and count."""
         self._count(batch, self.protocols[:1])
 
     def on_validation_epoch_end(self) -> None:
-        """Reduce the counts to scores."""
         self.evaluation = self._scores(self.protocols[:1])
         ((name, (scores, _)),) = self.evaluation.items()
         self.log(f"val/{name}/miou", scores.miou)
@@ -108,11 +106,9 @@ class SegmentationModule(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Predict under all protocols and count."""
         self._count(batch, self.protocols)
 
     def on_test_epoch_end(self) -> None:
-        """Reduce the counts to scores."""
         self.evaluation = self._scores(self.protocols)
         self.validated_step = None
 
@@ -132,7 +128,6 @@ class SegmentationModule(LightningModule):
         return {name: (metric.compute(), seconds.compute().item()) for name, metric, seconds in counters}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Parameter groups, and a scheduler that steps with the optimizer."""
         assert self.optimizer_factory is not None, "a module without an optimizer only evaluates"
         optimizer, scheduler = self.optimizer_factory(self.segmenter.network)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}

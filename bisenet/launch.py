@@ -28,7 +28,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 log = logging.getLogger(__name__)
 
 PRACTICAL = (
-    "data.root", "data.workers", "data.cache", "data.cache_root", "trainer.accelerator", "trainer.enable_progress_bar",
+    "data.root", "data.workers", "data.cache", "data.cache_root", "trainer.accelerator",
     "callbacks.progress", "logger", "hydra", "run_dir", "trust", "max_pixels_per_batch",
 )  # fmt: skip
 """Keys that may differ when a run is continued: they cannot change its result."""
@@ -91,7 +91,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Coll
     keys = [
         key for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key) and str(there.get(key)) != str(here.get(key))  # nan is not itself
-        and not any(f"{key}.".startswith(f"{node}.") for node in ignored)
+        and not within(key, ignored)
     ]  # fmt: skip
     lines = [f"  {key}: {there.get(key, 'nothing')} there, {here.get(key, 'nothing')} now" for key in keys]
     return "\n".join([*lines, LONGER] if {"trainer.max_steps", "scheduler.total_steps"} & {*keys} else lines)
@@ -102,6 +102,11 @@ LONGER = (
     "finetune_from=<run> from the weights of this one."
 )
 """What to do for a longer training."""
+
+
+def within(key: str, nodes: Collection[str]) -> bool:
+    """Whether a key is one of some nodes, or below one."""
+    return any(f"{key}.".startswith(f"{node}.") for node in nodes)
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

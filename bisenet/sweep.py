@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bisenet.launch import PRACTICAL, differences, read_results
+from bisenet.launch import PRACTICAL, differences, read_results, within
 
 if TYPE_CHECKING:
     from bisenet.compare import Run  # with SciPy and Matplotlib, which jobs do not need
@@ -211,10 +211,6 @@ def _require_same(folder: Path, stored: Any, now: DictConfig, ignored: Collectio
         )
 
 
-def _within(key: str, nodes: Collection[str]) -> bool:
-    return any(key == node or key.startswith(f"{node}.") for node in nodes)
-
-
 def _plain(cfg: Any) -> Any:
     return OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
 
@@ -313,7 +309,7 @@ class _Stored:
 def _varied(stored: Sequence[_Stored]) -> list[str]:
     """Keys that some run has overridden and that have different values in the end."""
     ignored = {*_SEEDS, *_HARMLESS.difference(["data.root"], *(one.swept for one in stored))}  # folds may lie apart
-    asked = dict.fromkeys(key for one in stored for key in one.overrides if not _within(key, ignored))
+    asked = dict.fromkeys(key for one in stored for key in one.overrides if not within(key, ignored))
     varied = [key for key in asked if len({one.text(key) for one in stored}) > 1]
     return varied or (["name"] if len({one.value("name") for one in stored}) > 1 else [])
 

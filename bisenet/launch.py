@@ -198,7 +198,7 @@ def run(function: str, argument: Any, processes: int, job_logging: Mapping[str, 
         for rank in range(processes):
             receiver, sender = context.Pipe(duplex=False)
             environment = {name: str(value) for name, value in (torchrun | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            arguments = (sender, os.getpid(), environment, function, argument, dict(job_logging), sys.argv)
+            arguments = (sender, os.getpid(), environment, function, argument, dict(job_logging))
             ranks.append(context.Process(target=_call, args=arguments))
             pipes.append(receiver)
             ranks[-1].start()
@@ -238,13 +238,11 @@ def _failure(codes: Sequence[int | None], pipes: Sequence[Any]) -> str:
 
 
 def _call(
-    sender: Any, parent: int, environment: dict[str, str], function: str, argument: Any, job_logging: Any,
-    argv: list[str],
-) -> None:  # fmt: skip
+    sender: Any, parent: int, environment: dict[str, str], function: str, argument: Any, job_logging: Any
+) -> None:
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends them
     os.environ.update(environment)
-    sys.argv = argv  # what the run was started with, for its provenance
     if environment["RANK"] == "0":
         logging.config.dictConfig(job_logging)
     module, name = function.split(":")

@@ -340,12 +340,11 @@ def show(summary: Mapping[str, Any]) -> None:
 
 def write(summary: Mapping[str, Any], folder: Path) -> None:
     """Write ``summary.json``, ``summary.md`` and ``summary.png``; they are made of the runs and may be made again."""
-    lines: list[str] = []
+    text = ""
     for title, columns, rows, notes in sections(summary):
-        table = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows] if rows else []
-        lines += [f"## {title}", "", *(f"| {' | '.join(row)} |" for row in table), *[""] * bool(table)]
-        lines += [*(f"* {note}" for note in notes), *[""] * bool(notes)]
-    report.write_text(folder / "summary.md", "\n".join(lines))
+        blocks = [report.markdown(columns, rows) if rows else "", "".join(f"* {note}\n" for note in notes)]
+        text += "\n".join([f"## {title}\n", *filter(None, blocks)]) + "\n"
+    report.write_text(folder / "summary.md", text)
     report.write_json(folder / "summary.json", summary)
     if groups := {name: content["groups"] for name, content in summary["protocols"].items()}:
         report.plot_groups(groups, f"{summary['metric']}, %", folder / "summary.png")

@@ -411,9 +411,14 @@ def score_table(columns: Mapping[str, Mapping[str, Any]], width: int) -> Group:
 
 def markdown_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """What :func:`score_table` shows, as a Markdown table."""
-    lines = [f"| {_UNIT} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    lines += [f"| {name} | {' | '.join(cells)} |" for section in _sections(columns) for name, cells in section.items()]
-    return "\n".join(lines) + "\n"
+    rows = [[name, *cells] for section in _sections(columns) for name, cells in section.items()]
+    return markdown([_UNIT, *columns], rows)
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of which all columns but the first hold numbers."""
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _sections(columns: Mapping[str, Mapping[str, Any]]) -> list[dict[str, list[str]]]:

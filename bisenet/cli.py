@@ -93,11 +93,8 @@ def config_subdir(resume: str | None, run_dir: str) -> str | None:
 
 def run_tags(seed: int) -> list[str]:
     """``${run_tags:${seed}}``: the seed, and in a sweep every value that is swept; within the 64 characters of W&B."""
-    swept = ""
-    if HydraConfig.initialized() and sweep.is_job():
-        swept = HydraConfig.get().job.override_dirname
-    tags = [f"seed={seed}", *filter(None, re.split(r",(?=[^][]*(?:\[|$))", swept))]
-    return list(dict.fromkeys(tag[:64] for tag in tags))
+    swept = sweep.swept(HydraConfig.get()).values() if HydraConfig.initialized() else ()
+    return list(dict.fromkeys(tag[:64] for tag in (f"seed={seed}", *swept)))
 
 
 def validation_miou(*, _root_: DictConfig) -> str:

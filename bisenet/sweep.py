@@ -95,7 +95,7 @@ def job(cfg: DictConfig) -> DictConfig | None:
 def require_own_configuration(cfg: DictConfig) -> None:
     """Raise a ValueError if the directory of this command holds a run that was begun with another configuration."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    _require_same(folder, _load(folder / ".hydra" / "config.yaml"), cfg, _HARMLESS - _swept(HydraConfig.get()))
+    _require_same(folder, _load(folder / ".hydra" / "config.yaml"), cfg, _HARMLESS - swept(HydraConfig.get()).keys())
 
 
 def job_dir(override_dirname: str) -> str:
@@ -165,8 +165,8 @@ def _begin(cfg: DictConfig) -> Path:
     begun = (folder / _FILE).exists() and any(folder.glob("*/provenance.json"))  # else all failed before they trained
     if begun:
         _require_same(folder, _load(folder / _FILE).config, shared, {*_HARMLESS, *_SEEDS})
-    swept = [_values(override) for key, override in overrides.items() if key not in fixed]
-    names = [job_dir(",".join(sorted(lines))) for lines in itertools.product(*swept)]  # as Hydra's override_dirname
+    values = [_values(override) for key, override in overrides.items() if key not in fixed]
+    names = [job_dir(",".join(sorted(lines))) for lines in itertools.product(*values)]  # as Hydra's override_dirname
     before = [name for name in _jobs(folder / _FILE) if (folder / name).is_dir()] if begun else []  # no mistyped ones
     content = {"jobs": list(dict.fromkeys([*before, *names])), "config": _plain(shared)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,11 +196,11 @@ def _jobs(file: Path) -> list[str]:
     return list(_load(file).jobs) if file.exists() else []
 
 
-def _swept(node: Any) -> set[str]:
-    """What a job is known by, from its ``hydra`` node."""
+def swept(node: Any) -> dict[str, str]:
+    """The overrides that a job is known by, key -> override, from its ``hydra`` node; of a single run: none."""
     several = "MULTIRUN" in str(node.mode)  # an enumeration, or as text in a file
-    keys = {_key(override) for override in node.overrides.task} if several else set()
-    return keys - set(node.job.config.override_dirname.exclude_keys)
+    fixed = node.job.config.override_dirname.exclude_keys
+    return {_key(override): override for override in node.overrides.task if several and _key(override) not in fixed}
 
 
 def _require_same(folder: Path, stored: Any, now: DictConfig, ignored: Collection[str]) -> None:
@@ -288,7 +288,7 @@ class _Stored:
         self.config: Any = _load(folder / ".hydra" / "config.yaml")
         self.seeds: tuple[int, int] = (self.config.init_seed, self.config.data_seed)
         node = _load(folder / ".hydra" / "hydra.yaml").hydra
-        self.choices, self.swept = dict(node.runtime.choices), _swept(node)
+        self.choices, self.swept = dict(node.runtime.choices), swept(node)
         self.overrides = {_key(override): override.partition("=")[2] for override in node.overrides.task}
 
     def text(self, key: str) -> str:

@@ -15,7 +15,6 @@ import reprlib
 import socket
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -98,14 +97,16 @@ class Checkpoint:
         """
         n_classes, size = self.classes.num_classes, self.path.stat().st_size
         try:
-            own = self.network.get("_target_") in NETWORKS
-            if own:  # before it costs memory
-                _Differences(_shapes_of(self.network, n_classes), self.weights).require_fit()
             if sum(tensor.nbytes for tensor in self.weights.values()) > size:  # repeated by strides of 0
                 raise ValueError("its weights claim more memory than the file has bytes")
-            initialising = _WithoutInitialising() if own else nullcontext()  # takes a while, and is replaced
-            with torch.random.fork_rng(devices=[]), initialising:  # the caller's generators are not ours
-                network = build(self.network, trust, n_classes=n_classes)
+            if self.network.get("_target_") in NETWORKS:  # nothing is drawn that the weights would replace
+                network = _shapes_of(self.network, n_classes)
+                _Differences(network, self.weights).require_fit()  # before it costs memory
+                memory = {key: torch.empty(t.shape, dtype=t.dtype) for key, t in network.state_dict().items()}
+                network.load_state_dict(memory, assign=True)
+            else:
+                with torch.random.fork_rng(devices=[]):  # the caller's generators are not ours
+                    network = build(self.network, trust, n_classes=n_classes)
             network.load_state_dict(self.weights)
             return self._around(network, protocols)
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
@@ -431,14 +432,16 @@ def _require_plain(value: Any, where: str, depth: int = 3, largest: float = 2**5
             raise ValueError(f"{where}: got {_SHORT.repr(value)}, accepted from a file: {limits}")
 
 
-class _WithoutInitialising(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
-
-
 def _shapes_of(node: Mapping[str, Any], n_classes: int) -> nn.Module:
     """A network of ours without memory for its weights."""
-    with torch.device("meta"), _WithoutInitialising():  # random numbers there would import torch._dynamo, a second
+
+    class WithoutInitialising(
+        TorchFunctionMode
+    ):  # random numbers on such a device would import torch._dynamo, a second
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
+
+    with torch.device("meta"), WithoutInitialising():
         return build(node, n_classes=n_classes)
 
 

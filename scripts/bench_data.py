@@ -90,7 +90,7 @@ def measure(given: Any, root: Path, folder: Path) -> None:
     rows = [
         row("training sample from files", "files"),
         row("training sample from the decoded cache", "cache", 15),
-        row("the same, when a process reads a record for the first time", "first", note="its checksum is compared"),
+        row("the same, when a process reads it for the first time", "first", note="its checksum is compared"),
         bench.Row("building the cache", given.images / statistics.median(seconds["building"]), "images/s per core",
                   bench.ratio(seconds, "decoding", to="building"), 1.2,
                   "ratio: its time to one pass of decoding; to stay below"),

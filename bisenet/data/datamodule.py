@@ -54,7 +54,7 @@ class SegmentationDataModule(L.LightningDataModule):
         limit: use only the first so many images of every split; None: all.
         exif: what becomes of images that the camera notes to be shown turned or mirrored: ``apply`` (the label was
             drawn on the upright image), ``ignore`` (on the pixels as stored), or None: an error that names the file.
-        cache: ``memmap``: images are decoded once, into a file that all trainings read (see :mod:`bisenet.data.cache`);
+        cache: ``memmap``: images are decoded once, into files that all trainings read (see :mod:`bisenet.data.cache`);
             ``ram``: and read into memory at the start; None: decoded whenever they are seen. The data do not depend
             on it.
         cache_root: folder of the caches.

@@ -71,22 +71,21 @@ def compile_source(arch: str, specialization: Specialization, *, cache: Any = No
 
     settings: dict[str, Any] = {"define_macro": specialization.macros, "ptxas_options": ["-v"] if logs else None}
     options = ProgramOptions(name="ohem.cu", arch=arch, std="c++17", **settings)
-    with_cache = {} if cache is None else {"cache": cache}  # which cuda.core before 1.0 does not know
-    return Program(source_path().read_text(), "c++", options).compile("cubin", logs=logs, **with_cache)
+    return Program(source_path().read_text(), "c++", options).compile("cubin", logs=logs, cache=cache)
 
 
 def _load(arch: str, specialization: Specialization) -> dict[str, Any]:
     """The kernels by name, from the cache on disk or compiled. A cache that fails costs a compilation, no more."""
+
+    from cuda.core.utils import FileStreamProgramCache  # type: ignore[import-not-found]
 
     def kernels(cache: Any) -> dict[str, Any]:
         code = compile_source(arch, specialization, cache=cache)
         return {name: code.get_kernel(name) for name in KERNELS}
 
     try:
-        from cuda.core.utils import FileStreamProgramCache  # type: ignore[import-not-found]
-
         return kernels(FileStreamProgramCache())
-    except Exception as error:  # no cache in this cuda.core, a folder that cannot be written, a damaged entry
+    except Exception as error:  # a folder that cannot be written, a damaged entry
         compiled = kernels(None)  # raises again where the cache is not to blame
         _warn_once(f"compiled without cuda.core's cache of programs, which failed: {type(error).__name__}: {error}")
         return compiled

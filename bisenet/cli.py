@@ -427,8 +427,8 @@ def export(cfg: DictConfig) -> None:
     """Write a model for other runtimes (ONNX, OpenVINO, ncnn, TensorRT), or as a model folder."""
     from bisenet.export import Export
 
-    options = {key: cfg[key] for key in ("output", "normalization", "dtype", "batch", "size", "least_agreement",
-                                         "license", "push")}  # fmt: skip
+    keys = ("output", "normalization", "dtype", "batch", "size", "least_agreement", "license")
+    options = {key: cfg[key] for key in keys}
     exporter = Export(cfg.format, Path(cfg.folder or cfg.run_dir), **options)
     from bisenet import checkpoint, experiment
 

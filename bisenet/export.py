@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -22,11 +23,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bisenet import checkpoint, report, runtimes
 from bisenet.data.scenes import render_scene
-from bisenet.inference import Segmenter, resize
 from bisenet.networks.blocks import fold
+
+if TYPE_CHECKING:
+    from bisenet.inference import Segmenter
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +48,6 @@ DTYPES = {"fp32": 0.999, "fp16": 0.99, "int8": 0.9}
 SIZES = ((128, 256), (97, 131), (257, 193))
 """Height and width of the images that a file which takes any size is compared at."""
 
-_REFERENCE = "weights of BiSeNetV1 (two_path) or BiSeNetV2 of the generation current, as the reference's own tools read"
-
 
 class Deployed(nn.Module):
     """What is exported: image (B, 3, H, W) float32 -> mask uint8 (B, H, W), or logits or probabilities (B, C, H, W)."""
@@ -53,7 +55,7 @@ class Deployed(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, segmenter: Segmenter, output: str, normalization: str, half: bool) -> None:
+    def __init__(self, segmenter: "Segmenter", output: str, normalization: str, half: bool) -> None:
         super().__init__()
         try:
             self.network = fold(segmenter.network)
@@ -71,7 +73,7 @@ class Deployed(nn.Module):
         """Normalise, run the network, upsample, classify."""
         x = (image - self.mean) / self.std if self.raw else image
         logits = self.network(x.half() if self.half_precision else x)[0].float()
-        logits = nn.functional.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=self.align_corners)
+        logits = F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=self.align_corners)
         if self.output == "mask":
             return logits.argmax(1).to(torch.uint8)
         return logits.softmax(1) if self.output == "probabilities" else logits
@@ -93,7 +95,6 @@ class Export:
         size: (height, width) of the images; None: any.
         least_agreement: share of labels that must be the network's, else a file is refused; None: by the dtype.
         license: of the weights, as it will stand in the file.
-        push: ``owner/name`` of a repository on the Hugging Face hub that a folder is uploaded to; None: to none.
 
     Raises:
         FileExistsError: a file is there already.
@@ -110,7 +111,6 @@ class Export:
     size: Sequence[int] | None = None
     least_agreement: float | None = None
     license: str | None = None
-    push: str | None = None
 
     def __post_init__(self) -> None:
         self.formats = [self.format] if isinstance(self.format, str) else list(self.format)
@@ -127,7 +127,6 @@ class Export:
             ("batch", self.batch is None or (type(self.batch) is int and self.batch >= 1), "null or at least 1"),
             ("size", len(size) == 2 and all(type(s) is int and s >= 32 for s in size), "null or [height, width]"),
             ("least_agreement", 0 <= (self.least_agreement or 0) <= 1, "null or a share in [0, 1]"),
-            ("push", self.push is None or "folder" in self.formats, "null, unless format has folder"),
         ):
             if not ok:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, accepted: {accepted}")
@@ -143,7 +142,7 @@ class Export:
     def run(
         self,
         read: checkpoint.Checkpoint,
-        segmenter: Segmenter,
+        segmenter: "Segmenter",
         hyper_parameters: Mapping[str, Any],
         images: Sequence[np.ndarray] = (),
     ) -> list[dict[str, Any]]:
@@ -177,22 +176,21 @@ class Export:
         return done
 
 
+@dataclass
 class _Work:
-    """One model on its way out."""
+    """One model on its way out; the arguments are those of :meth:`Export.run`."""
 
-    def __init__(
-        self,
-        options: Export,
-        read: checkpoint.Checkpoint,
-        segmenter: Segmenter,
-        hyper_parameters: dict[str, Any],
-        images: Sequence[np.ndarray],
-    ) -> None:
-        self.options, self.read, self.segmenter, self.hyper_parameters = options, read, segmenter, hyper_parameters
-        self.images = images or [render_scene(0, "val", number, (256, 512))[0] for number in range(2)]
-        self.made: dict[tuple[str, str, bool], Any] = {}  # what several formats begin with
-        self.calibrated = len(images) > 0
-        self.source = read.path.parent if read.path.suffix == ".safetensors" else read.path
+    options: Export
+    read: checkpoint.Checkpoint
+    segmenter: "Segmenter"
+    hyper_parameters: dict[str, Any]
+    images: Sequence[np.ndarray]
+
+    def __post_init__(self) -> None:
+        self.calibrated = len(self.images) > 0
+        self.images = self.images or [render_scene(0, "val", number, (256, 512))[0] for number in range(2)]
+        self.program, self.onnx = cache(self._make_program), cache(self._make_onnx)  # several formats begin with them
+        self.source = self.read.path.parent if self.read.path.suffix == ".safetensors" else self.read.path
         self.commit = report.provenance({})["commit"]
 
     def make(self, kind: str) -> dict[str, Any]:
@@ -214,9 +212,9 @@ class _Work:
         """Of a format."""
         return self.options.output or ("logits" if kind == "ncnn" else "mask")
 
-    def deployed(self, kind: str, half: bool) -> Deployed:
-        """The network as a format takes it."""
-        return Deployed(self.segmenter, self.output(kind), self.options.normalization, half).eval()
+    def deployed(self, output: str, half: bool) -> Deployed:
+        """The network as it is exported."""
+        return Deployed(self.segmenter, output, self.options.normalization, half).eval()
 
     def facts(self, kind: str) -> str:
         """What stands in the file, as JSON."""
@@ -265,7 +263,9 @@ class _Work:
         for number, (height, width) in enumerate([options.size] if options.size else sizes):
             batch = options.batch or (2 if number == 0 else 1)
             given, normalized = self.inputs(self.images[number % len(self.images) :], (height, width), batch)
-            logits = resize(network(normalized).logits, (height, width), align_corners=bool(network.align_corners))
+            logits = F.interpolate(
+                network(normalized).logits, (height, width), mode="bilinear", align_corners=bool(network.align_corners)
+            )
             found = torch.from_numpy(run(given.numpy()))
             labels = found if output == "mask" else found.argmax(1)
             share = min(share, (labels == logits.argmax(1)).double().mean().item())
@@ -279,23 +279,15 @@ class _Work:
             )
         return {"equal_labels": share} | ({} if output == "mask" else {f"largest_difference_of_{output}": largest})
 
-    def program(self, kind: str, half: bool) -> Any:
+    def _make_program(self, output: str, half: bool) -> Any:
         """The graph, by torch.export."""
-        if (key := ("program", self.output(kind), half)) not in self.made:
-            options, dynamic = self.options, torch.export.Dim.DYNAMIC
-            shape = options.batch or 2, 3, *(options.size or (96, 160))
-            free = ({} if options.batch else {0: dynamic}) | ({} if options.size else {2: dynamic, 3: dynamic})
-            self.made[key] = torch.export.export(
-                self.deployed(kind, half), (torch.zeros(shape),), dynamic_shapes=(free or None,)
-            )
-        return self.made[key]
+        options, dynamic = self.options, torch.export.Dim.DYNAMIC
+        shape = options.batch or 2, 3, *(options.size or (96, 160))
+        free = ({} if options.batch else {0: dynamic}) | ({} if options.size else {2: dynamic, 3: dynamic})
+        return torch.export.export(self.deployed(output, half), (torch.zeros(shape),), dynamic_shapes=(free or None,))
 
-    def onnx(self, kind: str, half: bool) -> bytes:
-        """The graph in ONNX."""
-        if (key := ("onnx", self.output(kind), half)) in self.made:
-            return self.made[key]
-        self.made[key] = runtimes.to_onnx(self.program(kind, half))
-        return self.made[key]
+    def _make_onnx(self, output: str, half: bool) -> bytes:
+        return runtimes.to_onnx(self.program(output, half))
 
     def quantized(self, model: Any, wrap: Callable[[np.ndarray], Any]) -> Any:
         """A model of ONNX or OpenVINO in int8, calibrated on the training's images."""
@@ -324,7 +316,7 @@ class _Work:
 
     def _onnx(self, file: Path) -> dict[str, Any]:
         onnx = runtimes.import_extra("onnx", "export")
-        model = onnx.load_from_string(self.onnx("onnx", self.options.dtype == "fp16"))
+        model = onnx.load_from_string(self.onnx(self.output("onnx"), self.options.dtype == "fp16"))
         if self.options.dtype == "int8":
             model = self.quantized(model, lambda batch: {"image": batch})
         onnx.helper.set_model_props(model, {runtimes.KEY: self.facts("onnx")})
@@ -333,7 +325,7 @@ class _Work:
 
     def _openvino(self, file: Path, _weights: Path) -> dict[str, Any]:
         openvino = runtimes.import_extra("openvino", "export")
-        model = openvino.Core().read_model(self.onnx("openvino", half=False))
+        model = openvino.Core().read_model(self.onnx(self.output("openvino"), False))
         if self.options.dtype == "int8":
             model = self.quantized(model, lambda batch: batch)
         model.set_rt_info(self.facts("openvino"), runtimes.KEY)
@@ -346,9 +338,8 @@ class _Work:
         shapes = [f"inputshape{n}=[1,3,{h},{w}]f32" for n, (h, w) in zip(("", "2"), sizes, strict=True)]
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes that a condition reads
-            traced: Any = torch.jit.trace(
-                self.deployed("ncnn", half=False), torch.zeros(1, 3, *sizes[0]), check_trace=False
-            )
+            network = self.deployed(self.output("ncnn"), half=False)
+            traced: Any = torch.jit.trace(network, torch.zeros(1, 3, *sizes[0]), check_trace=False)
         traced.save(str(file.with_name("model.pt")))
         command = [str(pnnx), "model.pt", *shapes[: 1 if self.options.size else 2],
                    f"ncnnparam={file.name}", f"ncnnbin={_weights.name}",
@@ -361,7 +352,8 @@ class _Work:
 
     def _torch_export(self, file: Path) -> dict[str, Any]:
         facts = {f"{runtimes.KEY}.json": self.facts("torch_export")}
-        torch.export.save(self.program("torch_export", self.options.dtype == "fp16"), file, extra_files=facts)
+        program = self.program(self.output("torch_export"), self.options.dtype == "fp16")
+        torch.export.save(program, file, extra_files=facts)
         module = torch.export.load(file).module()
         return self.compare("torch_export", lambda image: module(torch.from_numpy(image)).numpy())
 
@@ -390,7 +382,7 @@ class _Work:
         torch.save(weights, file)
         node = checkpoint.read(file, {"classes": self.segmenter.classes, **self.segmenter.normalization}).network
         if node["generation"] != "current" or node.get("structure", "two_path") != "two_path":
-            raise ValueError(f"got {node}, accepted: {_REFERENCE}")
+            raise ValueError(f"got {node}, accepted: BiSeNetV1 (two_path) or BiSeNetV2 of the generation current")
         return {"tensors": len(weights)}
 
     def _folder(self, folder: Path) -> dict[str, Any]:
@@ -408,15 +400,11 @@ class _Work:
         written = checkpoint.read(folder).weights
         if written.keys() != state.keys() or not all(torch.equal(written[name], state[name]) for name in state):
             raise ValueError("what is read from the folder is not what was written")
-        if self.options.push:
-            hub = runtimes.import_extra("huggingface_hub", "export").HfApi()
-            hub.create_repo(self.options.push, exist_ok=True)
-            hub.upload_folder(repo_id=self.options.push, folder_path=folder)
         return {"tensors": len(state)}
 
     def card(self) -> str:
         """The model card: front matter of the hub, what the model is, its scores where a run has them, its classes."""
-        classes, run = self.segmenter.classes, self.read.path.parent.parent
+        classes = self.segmenter.classes
         name = self.hyper_parameters["name"] or self.read.path.stem
         node, data = self.read.network, self.read.data
         arguments = ", ".join(f"{key}={value}" for key, value in node.items() if not key.startswith("_"))
@@ -432,12 +420,13 @@ class _Work:
                  "![A synthetic scene and its prediction](example.png)", "",
                  "The example is a synthetic scene, which the network was not necessarily trained for.", "",
                  f"Images are RGB, normalised by mean {data['mean']} and std {data['std']}.", "",
-                 "## Scores", "", *self.scores(run), "",
+                 "## Scores", "", *self.scores(), "",
                  "## Classes", "", "| train id | name | colour |", "|---|---|---|", *rows]  # fmt: skip
         return "\n".join(lines) + "\n"
 
-    def scores(self, run: Path) -> list[str]:
+    def scores(self) -> list[str]:
         """What the run's own results say, with protocol, split and commit."""
+        run = self.read.path.parent.parent
         if not (run / "results.json").is_file():
             return ["Not known: the weights come without the results of a run."]
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))

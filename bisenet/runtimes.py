@@ -99,13 +99,13 @@ def open_file(path: str | PathLike[str], threads: int | None = None) -> Exported
         ValueError: a damaged or a foreign file, or its runtime is not installed.
     """
     path = Path(path).expanduser()
-    reader = READERS[path.suffix]
-    files = [path, *(path.with_suffix(suffix) for suffix in _BESIDE[path.suffix])]
+    runtime, beside, reader = READERS[path.suffix]
+    files = [path, *(path.with_suffix(suffix) for suffix in beside)]
     if missing := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"checkpoint: no file {missing[0]}")
     if (size := sum(file.stat().st_size for file in files)) > LARGEST_FILE:
         raise ValueError(f"{path}: {size} bytes, accepted: at most {LARGEST_FILE} (bisenet.runtimes.LARGEST_FILE)")
-    module = import_extra(_MODULES[path.suffix], "export")
+    module = import_extra(runtime, "export")
     try:
         text, run = reader(module, path, threads or torch.get_num_threads())
     except Exception as error:  # each runtime raises its own
@@ -159,10 +159,12 @@ def _ncnn(ncnn: Any, path: Path, threads: int) -> tuple[str, Run]:
     return text, lambda images: np.stack([run_one(image) for image in images])
 
 
-READERS: dict[str, Callable[[Any, Path, int], tuple[str, Run]]] = {".onnx": _onnx, ".xml": _openvino, ".param": _ncnn}
-"""Suffixes of exported files."""
-_MODULES = {".onnx": "onnxruntime", ".xml": "openvino", ".param": "ncnn"}
-_BESIDE = {".onnx": (), ".xml": (".bin",), ".param": (".bin", ".json")}
+READERS: dict[str, tuple[str, tuple[str, ...], Callable[[Any, Path, int], tuple[str, Run]]]] = {
+    ".onnx": ("onnxruntime", (), _onnx),
+    ".xml": ("openvino", (".bin",), _openvino),
+    ".param": ("ncnn", (".bin", ".json"), _ncnn),
+}
+"""Suffix of an exported file -> its runtime, suffixes of what lies beside it, and what reads it."""
 
 
 class RuntimeNetwork(nn.Module):

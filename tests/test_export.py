@@ -207,7 +207,6 @@ def test_tensorrt_is_given_the_shapes(source: Path, tmp_path: Path, monkeypatch:
         ({"format": "ncnn", "output": "mask"}, "output: .*mask"),
         ({"format": "ncnn", "dtype": "int8"}, "dtype: .*int8"),
         ({"size": [64]}, "size: "),
-        ({"push": "me/model"}, "push: "),
     ],
 )
 def test_a_wrong_value_is_named(tmp_path: Path, options: dict[str, Any], named: str) -> None:

@@ -6,14 +6,14 @@ import logging
 import os
 import re
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlparse
 
 import cv2
@@ -239,7 +239,7 @@ class Predictions:
         return {kind: self.folder / kind / f"{source.name}{suffixes.get(kind, default)}" for kind in self.kinds}
 
     def run(self, segmenter: "Segmenter") -> list[str]:
-        """Segment every source and write; the next frame is read, and the ones before are written, in threads.
+        """Segment every source and write; meanwhile the next frame is read, and the one before is written, by threads.
 
         A stream ends early where its file does; what came before is kept. Ctrl-C ends a camera or a stream.
 
@@ -251,60 +251,52 @@ class Predictions:
             drawn = legend(classes.names, classes.palette, range(classes.num_classes), width=1024)
             _write_file(self.folder / "legend.png", _encode(drawn, ".png"))
         problems: dict[Source, str] = {}
-        outputs: _Outputs | None = None
-        tasks: deque[Future[None]] = deque()
         frames, network_seconds, started = 0, 0.0, time.perf_counter()
 
-        def attempt(source: Source, function: Callable[..., Any], *arguments: Any) -> Any:
+        @contextmanager
+        def skipping(source: Source) -> Generator[None]:
             try:
-                return function(*arguments)
+                yield
             except UnusableInput as error:
                 problems[source] = str(error)
                 log.error("skipped: %s", error)
                 progress.advance(bar, not source.is_stream)
 
-        def read() -> Generator[tuple[Source, np.ndarray, float]]:
+        def read() -> Iterator[tuple[Source, np.ndarray, float]]:
             for source in self.sources:
-                decoded = self._frames(source, progress)
-                while source not in problems and (frame := attempt(source, next, decoded, None)):
-                    yield source, *frame
+                with skipping(source):
+                    for rgb, rate in self._frames(source, progress):
+                        yield source, rgb, rate
+                        if source in problems:
+                            break
 
-        def hand_over(function: Callable[..., None], *arguments: Any) -> None:
-            while len(tasks) > 1:  # else frames would pile up
-                tasks.popleft().result()
-            tasks.append(writer.submit(function, *arguments))
+        def segment() -> Iterator[tuple[Source, np.ndarray, np.ndarray, float]]:
+            nonlocal network_seconds
+            for source, rgb, rate in _ahead(read(), reader):
+                if source in problems:
+                    continue
+                with skipping(source):
+                    before = time.perf_counter()
+                    mask = _segment(segmenter, rgb, source)
+                    network_seconds += time.perf_counter() - before
+                    yield source, rgb, mask, rate
 
         with (
             Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress,
-            closing(read()) as items,
             ThreadPoolExecutor(1, "reader") as reader,
-            ThreadPoolExecutor(1, "writer") as writer,
+            ThreadPoolExecutor(1, "network") as network,
         ):
             bar = progress.add_task("frames", total=len(self.sources))
             try:
-                for source, rgb, rate in _ahead(items, reader):
-                    if outputs is not None and outputs.source != source:
-                        hand_over(outputs.close)
-                        outputs = None
-                    if source in problems:
-                        continue
-                    outputs = outputs or _Outputs(source, classes, self)
-                    before = time.perf_counter()
-                    mask = attempt(source, _segment, segmenter, rgb, source)
-                    if mask is not None:
-                        network_seconds += time.perf_counter() - before
-                        frames += 1
-                        hand_over(attempt, source, outputs.write, rgb, mask, rate)
-                        progress.advance(bar)
+                for source, items in itertools.groupby(_ahead(segment(), network), lambda item: item[0]):
+                    with closing(_Outputs(source, classes, self)) as outputs, skipping(source):
+                        for _, rgb, mask, rate in items:
+                            outputs.write(rgb, mask, rate)
+                            frames += 1
+                            progress.advance(bar)
             except KeyboardInterrupt:
                 if isinstance(self.sources[0].origin, Path):  # a camera or a stream is alone
                     raise
-            finally:
-                writer.shutdown()
-                if outputs is not None:
-                    outputs.close()
-            for task in tasks:
-                task.result()
         seconds = time.perf_counter() - started
         log.info(
             "%d of %d inputs, %d frames in %.1f s: %.2f frames per second, the network alone %.2f; written to %s",

@@ -24,8 +24,6 @@ from bisenet import checkpoint
 from bisenet.predict import TooLarge, UnusableInput, decode_image
 from bisenet.report import overlay
 
-HOSTS = ("127.0.0.1", "0.0.0.0", "::")
-
 
 @dataclass
 class Posted:
@@ -133,11 +131,8 @@ def make_server(
         max_pixels: of an image, told from its header; likewise.
 
     Raises:
-        ValueError: a value that is not accepted.
+        ValueError: a value that LitServe does not accept, or a file that is no checkpoint.
     """
-    for name, value in (("max_batch_size", max_batch_size), ("max_bytes", max_bytes), ("max_pixels", max_pixels)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, accepted: at least 1")
     segmenter = checkpoint.read(path, data).segmenter(trust=trust)
     api = Api(path, data, trust, max_batch_size=max_batch_size, batch_timeout=batch_timeout)
     classes = [{"name": name, "color": segmenter.classes.palette[i].tolist()}
@@ -160,14 +155,6 @@ _HEADERS = {"Content-Security-Policy": "default-src 'self'; script-src 'unsafe-i
 
 
 def serve(server: litserve.LitServer, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Run until Ctrl-C or SIGTERM, and end the processes that were started.
-
-    Raises:
-        ValueError: another host than :data:`HOSTS`, or a port outside [1024, 65535].
-    """
-    if host not in HOSTS:
-        raise ValueError(f"host: got {host!r}, accepted: {' | '.join(HOSTS)}")
-    if not 1024 <= port <= 65535:
-        raise ValueError(f"port: got {port}, accepted: 1024 to 65535")
+    """Run until Ctrl-C or SIGTERM, and end the processes that were started; LitServe's own errors name host or port."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else its workers would live on
     server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")

@@ -238,13 +238,3 @@ def test_the_page_in_a_browser(server: str, tmp_path: Path) -> None:
         wait_for(lambda: run("stream !== null && image.width == 640"))
         run("film()")
         assert run("stream") is None
-
-
-def test_a_wrong_host_or_port_is_named() -> None:
-    from bisenet.serve import serve
-
-    made: Any = None
-    with pytest.raises(ValueError, match=r"host: .*127\.0\.0\.1"):
-        serve(made, host="example.org")
-    with pytest.raises(ValueError, match=r"port: .*80"):
-        serve(made, port=80)

@@ -68,14 +68,6 @@ class Api(litserve.LitAPI):
         """Nothing is left to do."""
         return request
 
-    def batch(self, inputs: list[Posted]) -> list[Posted]:
-        """Images of several sizes are no tensor."""
-        return inputs
-
-    def unbatch(self, output: list[tuple[Posted, np.ndarray]]) -> list[tuple[Posted, np.ndarray]]:
-        """One for each request."""
-        return output
-
     @torch.inference_mode()
     def predict(self, x: Any) -> Any:
         """Requests, or one of them -> each with its mask, uint8 (H, W)."""

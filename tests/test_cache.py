@@ -323,15 +323,6 @@ def test_a_disk_that_is_full_is_named(samples: list[Sample], tmp_path: Path) -> 
     assert opened(tmp_path, samples)[1] == ALL
 
 
-def test_a_memory_that_is_too_small_is_refused(
-    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert opened(tmp_path, samples, resident=True)[1] == ALL
-    monkeypatch.setattr("bisenet.data.cache.os.sysconf", lambda _: 100)
-    with pytest.raises(ValueError, match=r"data\.cache: got ram, which takes .*; accepted: memmap"):
-        opened(tmp_path, samples, resident=True)
-
-
 def test_what_a_cache_is_of_stands_in_it(samples: list[Sample], tmp_path: Path) -> None:
     cache, _ = opened(tmp_path, samples)
     assert json.loads((cache.folder / "cache.json").read_text())["root"] == str(tmp_path)

@@ -69,7 +69,7 @@ class DecodedCache:
             pool: makes an executor of processes to share the work; None: no process but this one.
 
         Raises:
-            ValueError: what ``read`` raises; a disk, or for a resident cache a memory, that is too small.
+            ValueError: what ``read`` raises; a disk that is too small.
             OSError: the cache cannot be written; the message names it.
         """
         if self._missing(samples):
@@ -78,10 +78,6 @@ class DecodedCache:
                 if missing := self._missing(samples):
                     self._build(missing, pool)
         if self._resident:
-            size = sum(self._files[sample].stat().st_size for sample in samples)
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            if size > memory:
-                raise ValueError(f"data.cache: got ram, which takes {_gb(size)} of {_gb(memory)}; accepted: memmap")
             for sample in track(samples, f"Reading {self.folder}", transient=True):
                 self.view(sample)
 

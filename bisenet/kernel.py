@@ -211,8 +211,6 @@ def _plan(shapes: tuple[torch.Size, ...], align_corners: bool, specialization: S
     chunks = 1 if specialization.classes else -(-classes // _CHUNK)
     forward = images * -(-vertical.full // _TILE_ROWS) * -(-horizontal.full // width)
     backward = chunks * images * -(-vertical.size // rows) * -(-horizontal.size // columns)
-    if max(forward, backward) >= 2**31:
-        raise ValueError("more blocks of threads than a CUDA grid has (2^31 - 1): use a smaller batch")
     if vertical.full >= 2**24:
         raise ValueError(f"{vertical.full} rows of pixels: the kernel numbers fewer than 2^24, in float32")
     geometry = (*strides, *shapes[0], *full, vertical.scale, horizontal.scale, int(align_corners))

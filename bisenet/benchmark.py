@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -189,11 +190,8 @@ def _memory(device: str, reset: bool = False) -> float | None:
 
 # ---------------------------------------------------------------- for people
 
-_SIZES = {"model": "model", "size": "size", "parameters_training": "parameters\ntraining",
-          "parameters": "parameters\ninference", "gmacs": "GMACs", "miou": "mIoU, %"}  # fmt: skip
-_SPEEDS = {"batch": "batch", "size": "size", "precision": "preci-\nsion", "runtime": "runtime",
-           "median_ms": "median\nms", "p90_ms": "p90\nms", "p99_ms": "p99\nms", "images_per_second": "images\nper s",
-           "peak_mib": "peak\nMiB"}  # fmt: skip
+_SIZES = ("model", "size", "parameters_training", "parameters", "gmacs", "miou")
+_SPEEDS = ("batch", "size", "precision", "runtime", "median_ms", "p90_ms", "p99_ms", "images_per_second", "peak_mib")
 
 
 def write(found: Mapping[str, Any], folder: Path) -> None:
@@ -209,13 +207,14 @@ def write(found: Mapping[str, Any], folder: Path) -> None:
         report.plot_speed(rows, f"{found['device']}, {found['timed']}", folder / "benchmark.png")
     console = Console()
     models = dict.fromkeys(row["model"] for row in rows)
-    for titles, name in ((_SIZES, None), *((_SPEEDS, name) for name in models)):
-        table = Table(title=name, title_justify="left", pad_edge=False)
-        for key, title in titles.items():
+    for keys, name in ((_SIZES, None), *((_SPEEDS, name) for name in models)):
+        table = Table(title=name, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for key in keys:
             number = bool(rows) and not isinstance(rows[0][key], str)
+            title = key.replace("_", "\n")
             table.add_column(title, justify="right" if number else "left", no_wrap=key != "model", overflow="fold")
         shown = [row for row in rows if name in (None, row["model"])]
-        for cells in dict.fromkeys(tuple(_cell(key, row[key]) for key in titles) for row in shown):
+        for cells in dict.fromkeys(tuple(_cell(key, row[key]) for key in keys) for row in shown):
             table.add_row(*cells)
         console.print(table)
     machine = hardware["gpus"][0] if found["device"] == "cuda" else f"{hardware['cpu']}, {hardware['threads']} threads"

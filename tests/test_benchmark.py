@@ -72,6 +72,19 @@ def test_a_runtime_that_fails_costs_one_row_and_is_named(monkeypatch: pytest.Mon
     assert {file.name for file in tmp_path.iterdir()} == {f"benchmark.{kind}" for kind in ("json", "csv", "png")}
 
 
+def test_no_number_of_the_table_is_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    found = run(sizes=[(64, 64)])
+    long = {"size": "1024x2048", "runtime": "onnxruntime", "median_ms": 1801.0, "p90_ms": 1976.0, "p99_ms": 2003.0,
+            "images_per_second": 1234.0, "peak_mib": 380.2}  # fmt: skip
+    found["rows"][0] |= long
+    benchmark.write(found, tmp_path)
+    shown = capsys.readouterr().out
+    assert all(number in shown for number in ("1024x2048", "onnxruntime", "1801", "1976", "2003", "1234", "380.2"))
+
+
 def test_memory_is_what_a_run_adds() -> None:
     before = benchmark._memory("cpu", reset=True)
     if before is None:

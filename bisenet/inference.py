@@ -170,8 +170,9 @@ def predict(
     scores of whole views before their softmax, and the probabilities of views in windows after it; in between the
     logits are upsampled to the tile as the network's generation does it. One whole view needs no softmax.
 
-    Memory: the network's own, and then beside all logits at its stride float32 scores: of the image (B, C, H, W), of the
-    largest view (a single one in windows has the image's), and of two windows, or for whole views the image's again.
+    Memory: the network's own, and then beside all logits at its stride float32 scores (B, C, H, W): of the image, of
+    the largest view, and of two windows or, for whole views, of the image once more. A single view in windows needs
+    none of its own.
 
     Args:
         network: returns ``SegmentationOutput``; has ``align_corners``.

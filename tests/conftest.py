@@ -1,11 +1,17 @@
 """Shared by all tests: repeatable hypothesis, small data sets, and where the real data is."""
 
+import atexit
+import json
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +26,9 @@ from bisenet.data.datasets import CamVid, Cityscapes, Listed
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("repeatable")
 
-_CAMVID = Path(os.environ.get("BISENET_CAMVID", Path(__file__).parents[2] / "shared" / "data" / "camvid_tiny"))
+ROOT = Path(__file__).parents[1]
+PYTHONPATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+_CAMVID = Path(os.environ.get("BISENET_CAMVID", ROOT.parent / "shared" / "data" / "camvid_tiny"))
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +48,54 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         threading.Thread(target=served.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{served.server_port}", tmp_path / "www"
         served.shutdown()
+
+
+def draw_nothing(replace: Callable[..., Any] = setattr) -> None:
+    """From now on runs draw no figures, which would take half of the time of a small one."""
+    from bisenet import report
+
+    for name in ("plot_curves", "plot_iou", "plot_confusion", "plot_predictions"):
+        replace(report, name, lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def no_figures() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch.setattr)
+        yield
+
+
+@cache
+def _forks(*imported: str) -> subprocess.Popen[str]:
+    program = [sys.executable, str(ROOT / "tests" / "forks.py"), *imported]
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    atexit.register(process.kill)
+    return process
+
+
+def command(
+    *arguments: str, cwd: Path, bare: bool = False, figures: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """``bisenet <arguments>`` in a process of its own, whose folder is on the import path.
+
+    Args:
+        bare: where torch cannot be imported.
+        figures: those of a run are drawn, too.
+    """
+    forks = _forks(*["bare"] * bare)
+    assert forks.stdin
+    assert forks.stdout
+    with TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        for file in files:
+            file.touch()
+        order = {"arguments": arguments, "cwd": str(cwd), "environment": os.environ | environment,
+                 "files": list(map(str, files)), "figures": figures or bare}  # fmt: skip
+        forks.stdin.write(json.dumps(order) + "\n")
+        forks.stdin.flush()
+        code = int(forks.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in files))
 
 
 TRAIN_FAST = ["data.batch_size=4", "data.workers=0", "augment.crop.size=[64,128]", "trainer.max_steps=2",

@@ -65,7 +65,7 @@ def record(folder: Path, results: dict[str, Any], groups: list[dict[str, Any]]) 
 
 def run(folder: Path, data: Path, model: str, generation: str) -> dict[str, Any]:
     """One training."""
-    from conftest import composed
+    from conftest import composed, draw_nothing
 
     from bisenet import experiment
 
@@ -73,6 +73,7 @@ def run(folder: Path, data: Path, model: str, generation: str) -> dict[str, Any]
                  "~callbacks.progress", "protocol=[ss,ssc,msf]", f"model={model}",
                  f"model.network.generation={generation}",
                  "trainer.accelerator=cpu", f"run_dir={folder}"]  # fmt: skip
+    draw_nothing()
     cfg = composed(*overrides)
     results = experiment.train(cfg)
     built = experiment.build_data(cfg)

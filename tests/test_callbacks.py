@@ -17,12 +17,12 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN_FAST, composed
+from conftest import TRAIN_FAST, command, composed
 from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_experiment import same, script
+from test_experiment import same
 from torch import nn
 
 import bisenet
@@ -32,6 +32,7 @@ from bisenet.data.datasets import TrainingSet
 from bisenet.module import SegmentationModule
 from bisenet.networks import SegmentationOutput
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 TABLE = ClassTable.load("cityscapes")
 SMALL = ["debug=fast", "data=shapes", "~callbacks.progress", "trainer.accelerator=cpu",
          "model.network.width_multiplier=0.25"]  # fmt: skip
@@ -57,15 +58,6 @@ PLAIN = ["model=plain", "loss=cross_entropy"]
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"data.root={tmp_path_factory.mktemp('data') / 'shapes'}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_figures() -> Iterator[None]:
-    """The figures of a run are drawn in test_experiment.py; here they would take half of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("plot_curves", "plot_iou", "plot_confusion", "plot_predictions"):
-            patch.setattr(experiment.report, name, lambda *_: None)
-        yield
 
 
 def composed_small(*overrides: str) -> DictConfig:
@@ -266,7 +258,7 @@ def test_no_checkpoint_takes_up_what_is_not_finite(name: str, shapes: str, tmp_p
 @pytest.mark.slow
 def test_all_processes_end_when_the_loss_of_one_is_not_finite(shapes: str, tmp_path: Path) -> None:
     spoil = "+callbacks.spoil={_target_: test_callbacks.Spoil, name: head.conv_out.1.weight, step: 2, rank: 1}"
-    done = script("train.py", *SMALL, shapes, "strategy=ddp", "trainer.devices=2", spoil, "hydra.run.dir=run",
+    done = command("train", *SMALL, shapes, "strategy=ddp", "trainer.devices=2", spoil, "hydra.run.dir=run",
                   cwd=tmp_path)  # fmt: skip
     assert done.returncode == 1
     assert "FloatingPointError: the loss is infinite or not a number at step 3" in done.stderr

@@ -2,34 +2,26 @@
 
 import os
 import random
+import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from conftest import composed
+from conftest import PYTHONPATH, ROOT, command, composed
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
 from bisenet import cli, conf_dir, experiment, launch, report
 from bisenet.data import SegmentationDataModule
 
-ROOT = Path(__file__).parents[1]
 CONF = Path(conf_dir())
 OPTIONS = [f"{p.parent.name}={p.stem}" for p in sorted(CONF.glob("*/*.yaml"))]
 NEEDED = {"data=listed": ["data.root=mine", "data.classes=camvid"]}
 CONF_GROUPS = {p.name for p in CONF.iterdir() if p.is_dir()}
 LISTS = ("protocol", "callbacks", "logger", "without")
-
-
-def bisenet(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", "bisenet.cli", *arguments], cwd=cwd, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{cwd}"} | environment, timeout=300,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -79,17 +71,19 @@ def test_every_experiment_says_what_it_is() -> None:
     ],
 )
 def test_a_typo_is_answered_at_once_by_one_line(override: str, named: str) -> None:
-    started = time.perf_counter()
-    done = bisenet("train", *override.split(" "))
+    """Before torch is imported, which takes seconds."""
+    done = command("train", *override.split(" "), cwd=ROOT, bare=True)
     assert done.returncode == 1
     assert named in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 2  # the answer, and how to see more
-    assert time.perf_counter() - started < 10  # about a second on an idle machine; importing torch alone takes three
 
 
 def test_the_traceback_is_there_for_those_who_ask() -> None:
-    assert "Traceback" in bisenet("train", "trainer.max_stepz=3", HYDRA_FULL_ERROR="1").stderr
+    program = [sys.executable, "-m", "bisenet.cli", "train", "trainer.max_stepz=3"]
+    environment = os.environ | {"HYDRA_FULL_ERROR": "1"}
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert "Traceback" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -148,19 +142,16 @@ def test_a_wrong_value_is_named_with_its_key_before_any_data_is_read(
     ],
 )
 def test_help_and_cfg_do_not_import_torch(arguments: list[str], shown: str) -> None:
-    program = f"""
-import sys
-from bisenet.cli import main
-sys.argv = ["bisenet", *{arguments}]
-try:
-    main()
-except SystemExit as stop:
-    print(stop)
-assert "torch" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert shown in done.stdout
+    done = command(*arguments, cwd=ROOT, bare=True)
+    assert shown in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "compare", "check_data", "benchmark"])
+def test_a_script_does_what_the_command_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = Mock()
+    monkeypatch.setattr(cli, name, called)
+    runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+    called.assert_called_once()
 
 
 def test_every_name_of_an_earlier_version_leads_to_one_that_there_is() -> None:
@@ -273,9 +264,9 @@ def test_recipes_say_which_weights_they_start_from() -> None:
 def test_resuming_takes_the_stored_configuration_and_names_what_may_not_change(tmp_path: Path) -> None:
     (tmp_path / "run" / ".hydra").mkdir(parents=True)
     OmegaConf.save(composed("seed=5"), tmp_path / "run" / ".hydra" / "config.yaml")
-    done = bisenet("train", "resume=run", "trainer.max_steps=10", cwd=tmp_path)
+    done = command("train", "resume=run", "trainer.max_steps=10", cwd=tmp_path)
     assert "ValueError: resume: trainer.max_steps may not change; accepted beside resume: data.root" in done.stderr
-    done = bisenet("train", "resume=run", "hydra.run.dir=elsewhere", cwd=tmp_path)
+    done = command("train", "resume=run", "hydra.run.dir=elsewhere", cwd=tmp_path)
     assert "where the run that is resumed lies" in done.stderr
 
 
@@ -305,7 +296,7 @@ def random_override(draw: random.Random, keys: list[str]) -> str:
     return draw.choice([f"{key}={value}", draw.choice(others)])
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
 def test_any_override_ends_in_one_line_or_in_what_builds(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,17 +356,20 @@ def test_what_hydra_users_try_is_answered_by_one_line(arguments: str, named: str
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "stray.yaml").write_text("seed: 4\n")
     (tmp_path / "mine" / "experiment" / "on.yaml").write_text("# @package _global_\nname: on\n")
-    done = bisenet("train", *arguments.split(" "), cwd=tmp_path)
+    done = command("train", *arguments.split(" "), cwd=tmp_path, bare=True)
     assert done.returncode == 1
     assert named in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_options_may_stand_anywhere(tmp_path: Path) -> None:
-    done = bisenet("train", "seed=7", "--cfg", "job", "optimizer.lr=3", "-p", "seed", cwd=tmp_path)
+    done = command("train", "seed=7", "--cfg", "job", "optimizer.lr=3", "-p", "seed", cwd=tmp_path, bare=True)
     assert done.stdout.strip() == "7", done.stderr
 
 
 def test_a_terminal_that_is_not_utf_8_shows_the_tables(tmp_path: Path) -> None:
-    done = bisenet("compare", "values={a: [70.1,72.0], b: [74.1,71.0]}", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    """As does the command from a checkout."""
+    program = [sys.executable, ROOT / "scripts" / "compare.py", "values={a: [70.1,72.0], b: [74.1,71.0]}"]
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "71.05" in done.stdout, done.stderr

@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import composed
-from test_experiment import FAST, ROOT, rows, same, script, train
+from conftest import ROOT, command, composed
+from test_experiment import FAST, rows, same, train
 from torch import nn
 
 from bisenet import experiment, launch
@@ -50,7 +50,7 @@ def test_two_processes_train_like_one(tmp_path: Path, images: list[str]) -> None
                 "finetune_from=start.pth", "+callbacks.freeze={_target_: probe.FreezeNorm}",
                 "+callbacks.weights={_target_: probe.SaveWeights}"]  # fmt: skip
     for folder, devices in {"one": [], "two": TWO}.items():
-        done = script("train.py", "debug=fast", "trainer.accelerator=cpu", "~callbacks.progress", *settings,
+        done = command("train", "debug=fast", "trainer.accelerator=cpu", "~callbacks.progress", *settings,
                       *devices, f"hydra.run.dir={folder}", cwd=tmp_path)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
@@ -62,7 +62,7 @@ def test_two_processes_train_like_one(tmp_path: Path, images: list[str]) -> None
     assert counted["image_index"].tolist() == [0, 1, 2, 3, 4]
 
     # The checkpoint explains the number: one process evaluates it to the same counts.
-    again = script("evaluate.py", "checkpoint=two", "hydra.run.dir=again", "accelerator=cpu", cwd=tmp_path)
+    again = command("evaluate", "checkpoint=two", "hydra.run.dir=again", "accelerator=cpu", cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
     repeated = np.load(tmp_path / "again" / "counts_val_ss.npz")
     assert all(np.array_equal(repeated[name], counted[name]) for name in counted.files)
@@ -70,7 +70,7 @@ def test_two_processes_train_like_one(tmp_path: Path, images: list[str]) -> None
 
 @pytest.mark.slow
 def test_jobs_of_a_sweep_may_use_several_processes(tmp_path: Path, scenes: list[str]) -> None:
-    done = script("train.py", "-m", "debug=fast", "trainer.accelerator=cpu", "~callbacks.progress", *scenes, *TWO,
+    done = command("train", "-m", "debug=fast", "trainer.accelerator=cpu", "~callbacks.progress", *scenes, *TWO,
                   "model.network.width_multiplier=0.25", "seed=1,2", "trainer.max_steps=3", "hydra.sweep.dir=sweep",
                   "+callbacks.weights={_target_: probe.SaveWeights}",
                   cwd=tmp_path)  # fmt: skip
@@ -90,10 +90,10 @@ def test_the_processes_end_with_the_job(tmp_path: Path, scenes: list[str]) -> No
     codes = {signal.SIGTERM: launch.ENDED, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
     for number, how in enumerate(codes):
         run = tmp_path / f"run{number}"
-        command = [sys.executable, str(ROOT / "scripts" / "train.py"), "debug=fast", "strategy=ddp",
+        job_command = [sys.executable, str(ROOT / "scripts" / "train.py"), "debug=fast", "strategy=ddp",
                    "trainer.devices=2", "trainer.accelerator=cpu", *scenes, f"hydra.run.dir={run}",
                    "trainer.max_steps=1000"]  # fmt: skip
-        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as job:
+        with subprocess.Popen(job_command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as job:
             wait_until(lambda run=run: (run / "metrics.csv").exists(), "it trains")
             job.send_signal(how)
             _, stderr = job.communicate()
@@ -149,7 +149,7 @@ def test_killed_processes_continue_as_if_nothing_had_happened(tmp_path: Path, sc
     told = train(tmp_path, "killed", *settings, KILL_AT="batch_start:4", KILL_RANK="1", KILL_WITH="SIGTERM")
     assert told.returncode == launch.ENDED
     assert torch.load(tmp_path / "killed" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
-    done = script("train.py", "resume=killed", "trust=[kill,probe]", cwd=tmp_path)
+    done = command("train", "resume=killed", "trust=[kill,probe]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         ours, theirs = (torch.load(tmp_path / run / f"rank_{rank}.pt") for run in ("killed", "finished"))
@@ -190,7 +190,7 @@ def test_the_number_of_processes_is_that_of_the_devices(monkeypatch: pytest.Monk
 
 
 def test_several_nodes_need_torchrun(tmp_path: Path) -> None:
-    done = script("train.py", "strategy=ddp", "trainer.num_nodes=2", "trainer.devices=2", cwd=tmp_path)
+    done = command("train", "strategy=ddp", "trainer.num_nodes=2", "trainer.devices=2", cwd=tmp_path)
     assert "ValueError: trainer.num_nodes: got 2, accepted: 1, unless torchrun" in done.stderr
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import composed
+from conftest import command, composed
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from test_callbacks import read_wandb
-from test_experiment import FAST, results, rows, same, script
+from test_experiment import FAST, results, rows, same
 
 from bisenet import compare, conf_dir, sweep
 
@@ -347,12 +347,12 @@ def test_the_summary_is_written_again_and_the_same(two_models: Path, capsys: pyt
 
 def test_published_scores_go_through_the_command(tmp_path: Path) -> None:
     values = "values={reference: [74.28,72.96,73.73,74.39,73.77]}"
-    done = script("compare.py", values, "hydra.run.dir=out", cwd=tmp_path)
+    done = command("compare", values, "hydra.run.dir=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "73.83" in done.stdout
     assert "| reference | 5 | 73.83 | 0.57 | 73.12 to 74.53 | 72.96 | 74.39 | 1.18 |" in (
         tmp_path / "out" / "summary.md").read_text()  # fmt: skip
-    again = script("compare.py", values, "hydra.run.dir=out", cwd=tmp_path)
+    again = command("compare", values, "hydra.run.dir=out", cwd=tmp_path)
     assert "holds a run already" in again.stderr
 
 
@@ -488,15 +488,15 @@ def test_an_experiment_of_ones_own_changes_the_runs_that_have_the_trick(tmp_path
     assert composed("debug=fast", "without=[warmup]").scheduler.warmup_steps == 0  # nor does debugging turn it on
 
 
-def multirun(cwd: Path, *overrides: str, **environment: str) -> Any:
-    return script("train.py", "-m", *FAST, *overrides, cwd=cwd, **environment)
+def multirun(cwd: Path, *overrides: str, **environment: Any) -> Any:
+    return command("train", "-m", *FAST, *overrides, cwd=cwd, **environment)
 
 
 def test_a_failed_job_costs_the_others_nothing(scenes: list[str], tmp_path: Path) -> None:
     """Two deterministic repetitions, each good and impossible; then once more, and once more otherwise."""
-    command = [*scenes, "loss.criterion.threshold=0.7,3", "repeat=2", "trainer.deterministic=true", "sweep.name=two"]
+    overrides = [*scenes, "loss.criterion.threshold=0.7,3", "repeat=2", "trainer.deterministic=true", "sweep.name=two"]
     folder = tmp_path / "outputs" / "sweeps" / "two"
-    done = multirun(tmp_path, *command)
+    done = multirun(tmp_path, *overrides)
     assert done.returncode == 1
     assert "job loss.criterion.threshold=3,repeat=2 failed: loss.criterion.threshold: got 3" in done.stdout
     good = [folder / f"loss.criterion.threshold=0.7,repeat={repeat}" for repeat in (1, 2)]
@@ -509,14 +509,14 @@ def test_a_failed_job_costs_the_others_nothing(scenes: list[str], tmp_path: Path
     assert "not finished" in done.stdout
 
     before = [(file, file.stat().st_mtime_ns) for run in good for file in run.rglob("*") if file.suffix != ".log"]
-    again = multirun(tmp_path, *command)
+    again = multirun(tmp_path, *overrides)
     assert again.stdout.count("is finished already") == 2
     assert [
         (file, file.stat().st_mtime_ns) for run in good for file in run.rglob("*") if file.suffix != ".log"
     ] == before
     assert json.loads((folder / "summary.json").read_text()) == summary
 
-    changed = multirun(tmp_path, *command, "optimizer.lr=0.3")
+    changed = multirun(tmp_path, *overrides, "optimizer.lr=0.3")
     assert changed.returncode == 1
     assert "optimizer.lr: 0.005 there, 0.3 now" in changed.stderr
     assert len(list(folder.glob("*/"))) == 4
@@ -537,14 +537,14 @@ def test_a_killed_sweep_ends_as_an_undisturbed_one(scenes: list[str], tmp_path: 
     """Five seeds, SIGKILL between two checkpoints of the third."""
     summaries = []
     for name in ("calm", "killed"):
-        command = [*scenes, CALLBACK, "seed=1,2,3,4,5", f"sweep.name={name}"]
+        overrides = [*scenes, CALLBACK, "seed=1,2,3,4,5", f"sweep.name={name}"]
         folder = tmp_path / "outputs" / "sweeps" / name
         if name == "killed":
-            done = multirun(tmp_path, *command, KILL_AT="batch_end:5", KILL_RUN="seed=3")
+            done = multirun(tmp_path, *overrides, KILL_AT="batch_end:5", KILL_RUN="seed=3")
             assert done.returncode == -signal.SIGKILL
             assert {run.name for run in folder.glob("seed=*")} == {"seed=1", "seed=2", "seed=3"}
             assert not (folder / "seed=3" / "results.json").exists()
-        done = multirun(tmp_path, *command)
+        done = multirun(tmp_path, *overrides)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("is finished already") == (2 if name == "killed" else 0)
         summaries.append((folder / "summary.json").read_bytes())
@@ -583,11 +583,11 @@ def test_a_sweep_is_one_group_of_wandb_with_its_summary(scenes: list[str], tmp_p
 def test_launchers_run_and_continue_a_sweep(launcher: list[str], scenes: list[str], tmp_path: Path) -> None:
     name, *options = launcher
     pytest.importorskip(f"hydra_plugins.hydra_{name.removesuffix('_local')}_launcher", reason="needs bisenet[sweeps]")
-    command = [*scenes, "seed=1,2", "sweep.name=x", f"hydra/launcher={name}", *options]
-    done = multirun(tmp_path, *command)
+    overrides = [*scenes, "seed=1,2", "sweep.name=x", f"hydra/launcher={name}", *options]
+    done = multirun(tmp_path, *overrides)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = tmp_path / "outputs" / "sweeps" / "x" / "summary.json"
     assert json.loads(summary.read_text())["protocols"]["ss"]["groups"]["all runs"]["n"] == 2
     before = summary.read_bytes()
-    assert multirun(tmp_path, *command).returncode == 0
+    assert multirun(tmp_path, *overrides).returncode == 0
     assert summary.read_bytes() == before

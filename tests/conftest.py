@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hypothesis import settings
 from omegaconf import DictConfig
@@ -118,6 +119,19 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("data") / "scenes"
     return [f"data.root={root}", "data.dataset.train=6", "data.dataset.val=3", "data.dataset.test=2",
             "data.dataset.size=[64,128]"]  # fmt: skip
+
+
+def shaken(network: torch.nn.Module) -> torch.nn.Module:
+    """In evaluation mode, with norms that do something."""
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            if module.affine:
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+                torch.nn.init.normal_(module.bias, 0, 0.3)
+            torch.nn.init.normal_(module.get_buffer("running_mean"), 0, 0.1)
+            torch.nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2)
+    return network.eval()
 
 
 SIZE = (40, 56)

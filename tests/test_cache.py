@@ -20,10 +20,10 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, DATASETS, composed, make_camvid, random_image, save
+from conftest import CLASSES, DATASETS, ROOT, composed, make_camvid, random_image, save
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from bisenet.classes import ClassTable
 from bisenet.data import ColorJitter, ScaleCrop, SegmentationDataModule
@@ -33,7 +33,6 @@ from bisenet.experiment import build_all, data_of
 from bisenet.launch import pool
 
 CAMVID = ClassTable.load("camvid")
-RECIPES = [path.stem for path in sorted((Path(__file__).parents[1] / "conf" / "augment").glob("*.yaml"))]
 
 
 def module(dataset: Any, cache: str | None, **changes: Any) -> SegmentationDataModule:
@@ -76,13 +75,17 @@ ALL = ["0000", "0001", "0002"]
 # Samples
 
 
-@pytest.mark.parametrize("name", DATASETS)
-@pytest.mark.parametrize("cache", ["memmap", "ram"])
-def test_samples_are_the_same_bit_for_bit(name: str, cache: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def recipes() -> list[DictConfig]:
+    return [composed(f"augment={path.stem}") for path in (ROOT / "conf" / "augment").glob("*.yaml")]
+
+
+@pytest.mark.parametrize(("name", "cache"), [*((name, "memmap") for name in DATASETS), ("camvid", "ram")])
+def test_samples_are_the_same_bit_for_bit(name: str, cache: str, recipes: list[DictConfig], tmp_path: Path) -> None:
     """In training, with every recipe of conf/augment, and in evaluation."""
     dataset = DATASETS[name](tmp_path, {"train": 3, "val": 2})
-    for number, recipe in enumerate(RECIPES):
-        augment = build_all(composed(f"augment={recipe}"), "augment")
+    for number, recipe in enumerate(recipes):
+        augment = build_all(recipe, "augment")
         sides = [module(dataset, kind, classes=CLASSES[name], augment=augment) for kind in (None, cache)]
         for ours, cached in itertools.islice(zip(*(side.train_dataloader() for side in sides), strict=True), 3):
             assert all(torch.equal(ours[key], cached[key]) for key in ours)

@@ -5,6 +5,7 @@ import random
 import runpy
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -12,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 from conftest import PYTHONPATH, ROOT, command, composed
 from lightning.pytorch import Trainer
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from bisenet import cli, conf_dir, experiment, launch, report
 from bisenet.data import SegmentationDataModule
@@ -22,6 +23,12 @@ OPTIONS = [f"{p.parent.name}={p.stem}" for p in sorted(CONF.glob("*/*.yaml"))]
 NEEDED = {"data=listed": ["data.root=mine", "data.classes=camvid"]}
 CONF_GROUPS = {p.name for p in CONF.iterdir() if p.is_dir()}
 LISTS = ("protocol", "callbacks", "logger", "without")
+
+
+@cache
+def recipe(name: str) -> DictConfig:
+    """Not to be written to."""
+    return composed(f"experiment={name}")
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -51,7 +58,7 @@ def test_every_experiment_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "named"),
+    ("arguments", "named"),
     [
         ("trainer.max_stepz=3", "'trainer.max_stepz': did you mean max_steps? keys of trainer: _target_, accelerator"),
         ("modle=bisenetv1", "'modle': did you mean model? keys of the configuration: model, data"),
@@ -68,15 +75,29 @@ def test_every_experiment_says_what_it_is() -> None:
         ("seed=[1", "seed=[1"),
         ("name=../mine", "name: got '../mine', accepted: letters, digits"),
         ("resume=nowhere", "resume: got 'nowhere', accepted: the directory of a run"),
+        ("callbacks=null", "callbacks: got null, accepted: an option, a list of them, or [] for none: default"),
+        ("without=[null]", "without: got [null], accepted"),
+        ("+experiment=demo", "accepted: experiment=<option>"),
+        ("+seed=3", "'seed=3'"),
+        ("name=über", "name=über: "),
+        ("hydra.output_subdir=null", "hydra.output_subdir: got None, accepted: .hydra"),
+        ("hydra.job.chdir=true", "hydra.job.chdir: got true, accepted: false"),
+        ("-m hydra.sweep.subdir=x seed=1", "hydra.sweep.subdir: got 'x'"),
+        ("--multirun --cfg job", "Only one of --run, --multirun, --cfg"),
+        ("--config-dir mine experiment=stray", "experiment/stray.yaml changes nothing, accepted: a file with the line"),
+        ("--config-dir mine experiment=on", "name: got True, accepted: letters"),
     ],
 )
-def test_a_typo_is_answered_at_once_by_one_line(override: str, named: str) -> None:
+def test_a_mistake_is_answered_at_once_by_one_line(arguments: str, named: str, tmp_path: Path) -> None:
     """Before torch is imported, which takes seconds."""
-    done = command("train", *override.split(" "), cwd=ROOT, bare=True)
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "stray.yaml").write_text("seed: 4\n")
+    (tmp_path / "mine" / "experiment" / "on.yaml").write_text("# @package _global_\nname: on\n")
+    done = command("train", *arguments.split(" "), cwd=tmp_path, bare=True)
     assert done.returncode == 1
     assert named in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.count("\n") == 2  # the answer, and how to see more
+    assert done.stderr.count("\n") <= 2  # the answer, and how to see more
 
 
 def test_the_traceback_is_there_for_those_who_ask() -> None:
@@ -180,7 +201,7 @@ def test_a_changed_preset_does_not_pass_under_its_name(overrides: list[str], nam
 
 
 def test_learning_by_heart_takes_any_data_where_it_lies() -> None:
-    for option in (option for option in OPTIONS if option.startswith("data=")):
+    for option in ("data=cityscapes", "data=listed"):
         needed = NEEDED.get(option, [])
         assert composed("debug=overfit", option, *needed).data.root == composed(option, *needed).data.root
     demo = composed("experiment=demo", "debug=overfit").data
@@ -195,9 +216,9 @@ def test_every_trick_is_on_in_some_recipe_and_off_without_it(trick: str) -> None
         return {k: v for key, value in node.items() for k, v in leaves(value, f"{path}.{key}".lstrip(".")).items()}
 
     off = leaves(OmegaConf.to_container(OmegaConf.load(CONF / "without" / f"{trick}.yaml")))
-    recipe, without = (composed("experiment=cityscapes_bisenetv2", f"without=[{w}]") for w in ("", trick))
+    without = composed("experiment=cityscapes_bisenetv2", f"without=[{trick}]")
     assert all(OmegaConf.select(without, key) == value for key, value in off.items())
-    assert any(OmegaConf.select(recipe, key) != value for key, value in off.items())
+    assert any(OmegaConf.select(recipe("cityscapes_bisenetv2"), key) != value for key, value in off.items())
 
 
 RECIPES = {
@@ -216,7 +237,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_the_published_ones(name: str) -> None:
-    cfg = composed(f"experiment={name}")
+    cfg = recipe(name)
     assert RECIPES[name] == [
         cfg.augment.crop.size, cfg.augment.crop.scale, cfg.optimizer.lr, cfg.optimizer.weight_decay,
         cfg.trainer.max_steps, cfg.scheduler.warmup_ratio, cfg.loss.criterion.min_kept, cfg.trainer.precision
@@ -242,7 +263,7 @@ def test_recipes_of_cityscapes_differ_in_more() -> None:
         "bisenetv2_paper": [0.0, 74, True, *now, ["half"]],
     }
     for name, row in rows.items():
-        cfg = composed(f"experiment=cityscapes_{name}")
+        cfg = recipe(f"cityscapes_{name}")
         jitter = cfg.augment.jitter
         assert jitter.brightness == jitter.contrast == jitter.saturation
         found = [jitter.brightness, jitter.pivot, cfg.trainer.sync_batchnorm, next(iter(cfg.augment)),
@@ -252,7 +273,7 @@ def test_recipes_of_cityscapes_differ_in_more() -> None:
 
 def test_recipes_say_which_weights_they_start_from() -> None:
     for file in (CONF / "experiment").glob("*.yaml"):
-        pretrained = composed(f"experiment={file.stem}").model.pretrained
+        pretrained = recipe(file.stem).model.pretrained
         if file.stem.split("_")[0] not in ("cityscapes", "coco", "ade20k") or file.stem == "cityscapes_bisenetv2_older":
             assert pretrained is None, file.stem
         else:
@@ -334,32 +355,6 @@ def test_any_override_ends_in_one_line_or_in_what_builds(
         except Exception as error:
             wrong[override] = repr(error)
     assert not wrong
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ("callbacks=null", "callbacks: got null, accepted: an option, a list of them, or [] for none: default"),
-        ("without=[null]", "without: got [null], accepted"),
-        ("+experiment=demo", "accepted: experiment=<option>"),
-        ("+seed=3", "'seed=3'"),
-        ("name=über", "name=über: "),
-        ("hydra.output_subdir=null", "hydra.output_subdir: got None, accepted: .hydra"),
-        ("hydra.job.chdir=true", "hydra.job.chdir: got true, accepted: false"),
-        ("-m hydra.sweep.subdir=x seed=1", "hydra.sweep.subdir: got 'x'"),
-        ("--multirun --cfg job", "Only one of --run, --multirun, --cfg"),
-        ("--config-dir mine experiment=stray", "experiment/stray.yaml changes nothing, accepted: a file with the line"),
-        ("--config-dir mine experiment=on", "name: got True, accepted: letters"),
-    ],
-)
-def test_what_hydra_users_try_is_answered_by_one_line(arguments: str, named: str, tmp_path: Path) -> None:
-    (tmp_path / "mine" / "experiment").mkdir(parents=True)
-    (tmp_path / "mine" / "experiment" / "stray.yaml").write_text("seed: 4\n")
-    (tmp_path / "mine" / "experiment" / "on.yaml").write_text("# @package _global_\nname: on\n")
-    done = command("train", *arguments.split(" "), cwd=tmp_path, bare=True)
-    assert done.returncode == 1
-    assert named in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_options_may_stand_anywhere(tmp_path: Path) -> None:

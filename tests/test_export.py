@@ -1,12 +1,14 @@
 """Exported files give the network's predictions, and are models like any other."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import shaken
 
 import bisenet
 from bisenet import checkpoint, runtimes
@@ -25,24 +27,12 @@ PROTOCOLS = {"ss": Protocol(), "ms": Protocol((0.5, 1), flip=True)}
 SCENE = render_scene(0, "train", 0, (64, 128))[0]
 
 
-def shake(network: torch.nn.Module) -> torch.nn.Module:
-    """Weights under which norms do something and labels vary."""
-    torch.manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d) and module.affine:
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, 0, 0.3)
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.running_mean, 0, 0.1)  # type: ignore[arg-type]
-            torch.nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
-    return network.eval()
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a small network of random weights."""
     path = tmp_path_factory.mktemp("source") / "last.ckpt"
-    network: Any = shake(checkpoint.build(NODE, n_classes=11))
+    torch.manual_seed(1)  # of whose labels 998 of 1000 are the same in fp16
+    network: Any = shaken(checkpoint.build(NODE, n_classes=11))
     with torch.no_grad():  # else one class is everywhere
         logits = network(torch.from_numpy(SCENE).permute(2, 0, 1)[None] / 128 - 1).logits
         network.head.conv_out[1].bias -= logits.mean((0, 2, 3))
@@ -149,12 +139,11 @@ def test_a_file_that_disagrees_is_refused_and_not_left(
 
 
 @pytest.mark.parametrize(
-    "network",
-    [BiSeNetV1(5), BiSeNetV1(5, generation="older", norm="inplace_abn"), BiSeNetV2(5, width_multiplier=0.25)],
-    ids=["v1", "inplace_abn", "v2"],
+    "make",
+    [BiSeNetV1, partial(BiSeNetV1, generation="older", norm="inplace_abn"), partial(BiSeNetV2, width_multiplier=0.25)],
 )
-def test_folding_changes_nothing(network: torch.nn.Module) -> None:
-    shake(network)
+def test_folding_changes_nothing(make: Any) -> None:
+    network = shaken(make(5))
     folded, x = fold(network), torch.randn(1, 3, 65, 97)
     with torch.inference_mode():
         assert torch.allclose(folded(x)[0], network(x).logits, atol=1e-4)

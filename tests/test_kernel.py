@@ -400,22 +400,6 @@ def test_wide_offsets_change_nothing(device, monkeypatch):
     assert torch.equal(gradient(again, case.logits), slope)
 
 
-@pytest.mark.parametrize(
-    ("confidence", "rule"),
-    [
-        (0.0, {"threshold": 0.9}),  # all hard
-        (9.0, {"threshold": 1e-9, "min_kept": 0}),  # all easy, nothing kept
-        (9.0, {"threshold": 1e-9, "min_kept": 0.01}),
-        (4.0, {"min_kept": 10**6}),  # fewer valid pixels than n_min
-        (4.0, {"min_kept": 10**6, "normalizer": "at_least_n_min"}),
-        (4.0, {"threshold": 1e-9, "min_kept": 1}),
-    ],
-    ids=str,
-)
-def test_rules_at_the_edge(device, confidence, rule):
-    assert_as_good_as_stock(cases(torch.float32, device, confidence=confidence), **rule)
-
-
 @pytest.mark.parametrize("ignored", [0.3, 1.0])
 def test_cross_entropy_keeps_all(device, ignored, monkeypatch):
     monkeypatch.setattr(losses, "_kernel_runs", lambda *_: True)

@@ -17,6 +17,7 @@ that makes 332.3 GMACs, against 98.4 of the plain network.
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ from bisenet.networks.blocks import (
     SegmentationNetwork,
     by_strips,
     pool_globally,
-    recomputed,
     require_choice,
 )
 
@@ -55,6 +55,13 @@ class DetailBranch(nn.Sequential):
         self.S1 = stage(3, wide, layers=2)
         self.S2 = stage(wide, wide, layers=3)
         self.S3 = stage(wide, wider, layers=3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        layers = [layer for layer in self.modules() if isinstance(layer, ConvNormAct)]
+        x = layers[0].conv(input)
+        for layer, following in pairwise(layers):
+            x = layer.after_conv(x, following.conv)
+        return layers[-1].act(layers[-1].bn(x))
 
 
 class Stem(nn.Module):
@@ -193,14 +200,14 @@ class Head(nn.Module):
             self.conv_out = nn.Sequential(double, nn.Conv2d(booster**2, n_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
+        x = self.conv.conv(x)
         if not self.doubles:
-            return recomputed(lambda x: self.conv_out(self.drop(x)), x, training=self.training)
+            return self.conv.after_conv(x, lambda x: self.conv_out(self.drop(x)))
         double, classifier = self.conv_out.children()
         upsample, layer = double.children()
         assert isinstance(layer, ConvNormAct)
-        x = recomputed(lambda x: layer.conv(upsample(self.drop(x))), x, training=self.training)
-        return classifier(layer.act(layer.bn(x)))
+        x = self.conv.after_conv(x, lambda x: layer.conv(upsample(self.drop(x))))
+        return layer.after_conv(x, classifier)
 
 
 class BiSeNetV2(SegmentationNetwork):

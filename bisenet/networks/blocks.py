@@ -9,7 +9,8 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -97,14 +98,6 @@ def by_strips(
         part = layers(x[:, :, first : top + rows + halo])
         parts.append(part[:, :, (top - first) // stride :][:, :, : math.ceil(min(rows, height - top) / stride)].clone())
     return torch.cat(parts, dim=2)
-
-
-def recomputed(layers: Callable[[Tensor], Tensor], x: Tensor, *, training: bool) -> Tensor:
-    """Return `layers(x)`; in training the backward pass computes again what it needs of them, which saves memory.
-
-    The numbers stay the same, those of dropout as well. `layers` may hold no batch norm, which would count twice.
-    """
-    return checkpoint(layers, x, use_reentrant=False) if training else layers(x)
 
 
 @torch.inference_mode(False)
@@ -249,6 +242,31 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
+
+    def after_conv(self, x: Tensor, following: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return `following(act(bn(x)))` for an output x of the convolution.
+
+        In training only x is kept: the backward pass normalises again, which saves memory. The numbers stay the same,
+        those of dropout as well. `following` may hold no batch norm, which would count twice.
+        """
+
+        def layers(x: Tensor) -> Tensor:
+            return following(self.act(self.bn(x)))
+
+        if not self.training or torch.compiler.is_compiling():  # a compiler chooses for itself what it keeps
+            return layers(x)
+        return checkpoint(layers, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _counting_once(self.bn)))
+
+
+@contextmanager
+def _counting_once(norm: nn.Module) -> Generator[None]:
+    """A norm sees a batch for the second time, and keeps its running statistics as they are."""
+    before = [buffer.clone() for buffer in norm.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(norm.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
 def pool_globally(x: Tensor, norm: nn.Module | None) -> Tensor:

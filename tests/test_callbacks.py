@@ -541,15 +541,25 @@ def test_the_training_step_reads_nothing_back() -> None:
     assert all(logged[f"train/kept/{name}"].device.type == "meta" for name in module.segmenter.network.head_names)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("share", "warned"), [(0.05, 0), (0.3, 1)])
+@pytest.mark.parametrize(
+    ("share", "device", "busy", "warned"),
+    [(0.05, "cpu", True, 0), (0.3, "cpu", True, 1), (0.3, "cuda", True, 0), (0.3, "cuda", False, 1)],
+)
 def test_waiting_for_data_is_told_once_and_not_of_the_first_steps(
-    share: float, warned: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    share: float,
+    device: str,
+    busy: bool,
+    warned: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = 0.0
     monkeypatch.setattr("bisenet.callbacks.perf_counter", lambda: now)
     trainer: Any = SimpleNamespace(global_step=1, log_every_n_steps=10, accumulate_grad_batches=2, is_global_zero=True,
                                    train_dataloader=SimpleNamespace(num_workers=3))  # fmt: skip
-    clock, module = callbacks.StepClock(), MagicMock()
+    event = SimpleNamespace(query=lambda: not busy)  # whether a GPU is done with the step before
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(record_event=lambda: event))
+    clock, module = callbacks.StepClock(), MagicMock(device=torch.device(device))
     clock.on_train_start(trainer, module)
     for batch in range(400):
         now += 5 if batch < 100 else share

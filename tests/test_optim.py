@@ -2,6 +2,8 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bisenet.experiment import build, build_all
+from bisenet.module import SegmentationModule
 from bisenet.optim import GroupRule, WarmupConstant, WarmupCosine, WarmupPoly, parameter_groups
 
 # --- groups ----------------------------------------------------------------------------------------------------------
@@ -201,3 +204,12 @@ def test_shapes_of_the_warmup_and_of_the_cosine():
 def test_schedules_that_cannot_be_meant_are_named(wrong, accepted):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got .*{accepted}"):
         shares(WarmupPoly, [0], **{"total_steps": 100, "warmup_steps": 10, **wrong})
+
+
+def test_an_optimizer_stays_fused_when_it_takes_up_the_state_of_one_that_was_not() -> None:
+    weights = [nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.SGD(weights, lr=0.1, fused=True)
+    optimizer.load_state_dict(torch.optim.SGD(weights, lr=0.1).state_dict())
+    module: Any = SimpleNamespace(trainer=SimpleNamespace(optimizers=[optimizer]))
+    SegmentationModule.on_train_start(module)
+    assert optimizer.param_groups[0]["fused"] is True

@@ -435,9 +435,8 @@ def _require_plain(value: Any, where: str, depth: int = 3, largest: float = 2**5
 def _shapes_of(node: Mapping[str, Any], n_classes: int) -> nn.Module:
     """A network of ours without memory for its weights."""
 
-    class WithoutInitialising(
-        TorchFunctionMode
-    ):  # random numbers on such a device would import torch._dynamo, a second
+    # Random numbers on such a device would import torch._dynamo, which takes a second.
+    class WithoutInitialising(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
 

@@ -1,8 +1,8 @@
-"""Reading what has been trained: our checkpoints, weights of the reference, pretrained backbones. No file runs code.
+"""Reading trained weights: our checkpoints, files of the reference, pretrained backbones. No file runs code.
 
 A checkpoint of ours holds under ``bisenet`` what prediction needs: the network's node, facts of the data, protocols and
 classes. A file of the reference, github.com/CoinCheung/BiSeNet, is the state dict of a network and nothing else. Our
-networks name their weights as it does, in both generations, so that the names tell which network it is.
+networks name their weights as both generations of the reference do, so the names tell which network a file is of.
 """
 
 import hashlib
@@ -46,17 +46,17 @@ LARGEST_CONFIG = 2**20
 """Bytes of the ``config.json`` of a model folder."""
 
 _WEIGHTS = "segmenter.network."  # before each name in the state dict of our checkpoints
-_PARALLEL = "module."  # what DataParallel and its kin put before every name
-_COUNTER = "num_batches_tracked"  # of every batch norm but those of InPlaceABN; no computation of ours reads it
+_PARALLEL = "module."  # prefix of every name that DataParallel and DistributedDataParallel saved
+_COUNTER = "num_batches_tracked"  # a buffer of every batch norm except InPlaceABN's; we never read it
 _SHORT = reprlib.Repr()
-_SHORT.maxlevel = 2  # a value of a file may be nested without end
+_SHORT.maxlevel = 2  # values in a file may be nested to any depth
 _LIBRARIES = re.compile(
     r"(torch\.optim|torch\.optim\.lr_scheduler|albumentations|lightning\.pytorch\.callbacks)\.[A-Z]\w*"
 )
-_NODE_KEYS = ("_target_", "_partial_", "_convert_")  # of Hydra, beside the arguments
+_NODE_KEYS = ("_target_", "_partial_", "_convert_")  # Hydra's own keys, which are no arguments
 _DATA_KEYS = ("name", "mean", "std", "eval_window", "eval_short_side")
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-_TIMEOUT = 30  # seconds without an answer of a server
+_TIMEOUT = 30  # seconds to wait for a server's answer
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class Checkpoint:
     """Optimisation steps taken; None: unknown."""
     weights: dict[str, Tensor]
     hyper_parameters: dict[str, Any]
-    """The configuration of the training as far as it is known, for an evaluation; may be empty."""
+    """The configuration of the training, as far as the file holds it; may be empty."""
 
     def data_node(self) -> dict[str, Any]:
-        """The configuration of the data set it was trained on, checked but for what :func:`build` checks.
+        """The node of the data set it was trained on. Its ``dataset`` is left for :func:`build` to check.
 
         Raises:
-            ValueError: the file does not say it, or names what a file may not, such as a value of the environment.
+            ValueError: the file holds no such node, or a value that a file may not hold, such as an interpolation.
         """
         node = self.hyper_parameters.get("data")
         if not isinstance(node, dict) or not isinstance(node.get("dataset"), dict) or "root" not in node:
@@ -95,48 +95,52 @@ class Checkpoint:
         Raises:
             ValueError: a class that :func:`build` refuses, or weights that do not fit the network.
         """
-        n_classes, size = self.classes.num_classes, self.path.stat().st_size
         try:
-            if sum(tensor.nbytes for tensor in self.weights.values()) > size:  # repeated by strides of 0
-                raise ValueError("its weights claim more memory than the file has bytes")
-            if self.network.get("_target_") in NETWORKS:  # nothing is drawn that the weights would replace
-                network = _shapes_of(self.network, n_classes)
-                _Differences(network, self.weights).require_fit()  # before it costs memory
-                memory = {key: torch.empty(t.shape, dtype=t.dtype) for key, t in network.state_dict().items()}
-                network.load_state_dict(memory, assign=True)
-            else:
-                with torch.random.fork_rng(devices=[]):  # the caller's generators are not ours
-                    network = build(self.network, trust, n_classes=n_classes)
-            network.load_state_dict(self.weights)
-            return self._around(network, protocols)
+            network = self._load_network(trust)
+            chosen = protocols or {name: Protocol(**fields) for name, fields in self.protocols.items()}
+            return Segmenter(network, self.classes, self.data["mean"], self.data["std"], chosen).eval()
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{self.path}: {' '.join(str(error).split())}") from error
 
-    def _around(self, network: nn.Module, protocols: Mapping[str, Protocol] | None) -> Segmenter:
-        chosen = protocols or {name: Protocol(**fields) for name, fields in self.protocols.items()}
-        return Segmenter(network, self.classes, self.data["mean"], self.data["std"], chosen).eval()
+    def _load_network(self, trust: Sequence[str]) -> nn.Module:
+        n_classes = self.classes.num_classes
+        claimed = sum(tensor.nbytes for tensor in self.weights.values())  # a stride of 0 repeats few bytes many times
+        if claimed > self.path.stat().st_size:
+            raise ValueError("its weights claim more memory than the file has bytes")
+        if self.network.get("_target_") in NETWORKS:  # built without initial weights, which take time
+            network = _shapes_of(self.network, n_classes)
+            _Differences(network, self.weights).require_fit()  # before memory is allocated
+            memory = {key: torch.empty(t.shape, dtype=t.dtype) for key, t in network.state_dict().items()}
+            network.load_state_dict(memory, assign=True)
+        else:
+            with torch.random.fork_rng(devices=[]):  # leave the caller's random generator alone
+                network = build(self.network, trust, n_classes=n_classes)
+        network.load_state_dict(self.weights)
+        return network
 
 
 @dataclass(frozen=True)
 class ExportedCheckpoint(Checkpoint):
-    """A file that ``bisenet export`` wrote, whose runtime takes the place of the network."""
+    """A file that ``bisenet export`` wrote; its runtime takes the place of the network."""
 
     exported: Exported
 
-    def segmenter(self, protocols: Mapping[str, Protocol] | None = None, trust: Sequence[str] = ()) -> Segmenter:
-        """As of any checkpoint; there is nothing to trust."""
-        try:
-            normalization = (list(self.data[key]) for key in ("mean", "std"))
-            return self._around(RuntimeNetwork(self.exported, self.classes.num_classes, *normalization), protocols)
-        except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{self.path}: {' '.join(str(error).split())}") from error
+    def _load_network(self, trust: Sequence[str]) -> nn.Module:
+        mean, std = (list(self.data[key]) for key in ("mean", "std"))
+        return RuntimeNetwork(self.exported, self.classes.num_classes, mean, std)
 
 
 # ---------------------------------------------------------------- writing and reading
 
 
 def portable(network: Mapping[str, Any], segmenter: Segmenter, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds under ``bisenet``: plain values of a segmenter and of its nodes."""
+    """The entry ``bisenet`` of a checkpoint: plain values from which a segmenter can be built again.
+
+    Args:
+        network: node of the network; if a file may not hold it, that is logged.
+        segmenter: the segmenter, for normalisation, protocols and classes.
+        data: node of the data.
+    """
     try:
         _require_plain({key: value for key, value in network.items() if key not in _NODE_KEYS}, "model.network")
     except ValueError as error:
@@ -153,7 +157,7 @@ def portable(network: Mapping[str, Any], segmenter: Segmenter, data: Mapping[str
 def write(
     path: Path, weights: Mapping[str, Tensor], step: int, portable: dict[str, Any], hyper_parameters: dict[str, Any]
 ) -> None:
-    """Write a checkpoint to predict and evaluate with, from which no training can be resumed; replaces atomically."""
+    """Write, atomically, a checkpoint for prediction and evaluation; no training can be resumed from it."""
     state = {_WEIGHTS + name: tensor for name, tensor in weights.items()}
     content = {"state_dict": state, "global_step": step, "bisenet": portable, "hyper_parameters": hyper_parameters}
     with replacing(path) as stream:
@@ -161,10 +165,10 @@ def write(
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The checkpoint that a run is continued from: its last, or the one before where that is damaged; None: none yet.
+    """The checkpoint that a run continues from: the last, or the previous if that is damaged; None if there is none.
 
     Raises:
-        ValueError: there is none that is whole.
+        ValueError: all are damaged.
     """
     found = [file for name in ("last", "previous") if (file := run_dir / "checkpoints" / f"{name}.ckpt").exists()]
     for file in found:
@@ -179,18 +183,18 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Read what has been trained, of any kind.
+    """Read a trained network of any kind.
 
     Args:
         path: a run directory (its ``checkpoints/last.ckpt``), a checkpoint of ours, weights of the reference, an
             exported file (``.onnx``, ``.xml``, ``.param``), or a folder of ``config.json`` and ``model.safetensors``.
         data: for weights of the reference only, the data set that they were trained on: ``classes`` (a table, its name
-            or its path), ``mean`` and ``std``, ``eval_short_side`` if there is one. Older BiSeNetV1 was always
-            normalised as ImageNet, whatever ``data`` says.
+            or its path), ``mean``, ``std`` and optionally ``eval_short_side``. For older BiSeNetV1, which was always
+            trained with ImageNet's mean and std, these replace those of ``data``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is neither, or damaged; ``data`` missing, not needed or with other classes.
+        ValueError: the file is of no such kind, or damaged; ``data`` is missing, not needed or has other classes.
     """
     exported = open_file(path) if Path(path).suffix in READERS else None
     file, content, weights = (exported.path, exported.facts, {}) if exported else _read_content(path)
@@ -216,7 +220,7 @@ def read(path: str | PathLike[str], data: Mapping[str, Any] | None = None) -> Ch
 
 
 def _read_content(path: str | PathLike[str]) -> tuple[Path, Any, dict[str, Tensor] | None]:
-    """The file that a path means, what it holds, and the network's weights if it is a checkpoint of ours."""
+    """The file that a path stands for, its content, and the network's weights if it is a checkpoint of ours."""
     path = Path(path).expanduser()
     inside = [path / "last.ckpt", path / "checkpoints" / "last.ckpt"]
     file = next(filter(Path.is_file, inside), inside[-1]) if path.is_dir() else path
@@ -237,7 +241,7 @@ def _read_content(path: str | PathLike[str]) -> tuple[Path, Any, dict[str, Tenso
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
-    """What is a mapping from names to dense tensors of real numbers; else nothing."""
+    """The content itself if it maps names to dense tensors of real numbers, else an empty dict."""
     dense = isinstance(content, dict) and all(
         isinstance(name, str) and isinstance(v, Tensor) and v.layout is torch.strided and not v.is_complex()
         for name, v in content.items()
@@ -246,7 +250,7 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
 
 
 def _read_folder(folder: Path) -> Any:
-    """A model folder by the hub's conventions, as what a checkpoint holds."""
+    """Read a model folder (Hugging Face's file names) into the content of a checkpoint."""
     file, config = folder / "model.safetensors", folder / "config.json"
     try:
         if config.stat().st_size > LARGEST_CONFIG or file.stat().st_size > LARGEST_FILE:
@@ -258,7 +262,7 @@ def _read_folder(folder: Path) -> Any:
 
 
 def _from_format_1(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What checkpoints held until version 0.1, as what they hold now, and hyperparameters to evaluate with."""
+    """Convert the entry of a checkpoint of version 0.1 to the present entry and the hyperparameters to evaluate it."""
     config, data = entry["config"], dict(entry["config"]["data"])
     converted = {"network": config["model"]["network"], "protocols": config["protocol"], "classes": entry["classes"]}
     converted["data"] = {key: data.get(key) for key in _DATA_KEYS}
@@ -270,7 +274,7 @@ def _from_format_1(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _complete(file: Path, content: Any, data: Mapping[str, Any] | None) -> Checkpoint:
-    """Weights of the reference and the data set that they were trained on."""
+    """A checkpoint from weights of the reference and the data set that they were trained on, as for :func:`read`."""
     network, n_classes, weights = _recognise(file, content)
     if data is None:
         accepted = "the data set they were trained on, as data=cityscapes (its class table and normalisation)"
@@ -292,16 +296,16 @@ def _complete(file: Path, content: Any, data: Mapping[str, Any] | None) -> Check
 
 
 def read_tensors(file: Path) -> Any:
-    """What ``torch.save`` wrote, with ``weights_only=True``: tensors and plain values, never code.
+    """Load a file that ``torch.save`` wrote, with ``weights_only=True``: tensors and plain values, never code.
 
     Raises:
-        ValueError: anything else, and a damaged file; the message names the file and what is wrong with it.
+        ValueError: the file holds anything else, or is damaged; the message names the file and the reason.
     """
     try:
         _require_sound(file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes fail in any way
-        kind, message = type(error).__name__, str(error)  # not passed on: it tells how to run what is in the file
+    except Exception as error:  # arbitrary bytes can raise anything
+        kind, message = type(error).__name__, str(error)  # torch's message tells how to run the file's code: hide it
     if wanted := re.search(r"GLOBAL (\S+)", message):
         why = f"it wants {wanted[1]}, which is code; accepted: a state dict saved by torch.save(net.state_dict(), file)"
     else:
@@ -311,17 +315,17 @@ def read_tensors(file: Path) -> Any:
 
 
 def _require_sound(file: Path) -> None:
-    """Raise a ValueError if a file is too large, would grow when it is unpacked, or has lost a bit."""
+    """Raise a ValueError if a file is too large, would grow when unpacked, or fails its checksums."""
     size = file.stat().st_size
     if size > LARGEST_FILE:
         raise ValueError(f"{size} bytes, accepted: at most {LARGEST_FILE} (bisenet.checkpoint.LARGEST_FILE)")
-    if not zipfile.is_zipfile(file):  # of PyTorch before 1.6, or nothing that torch.load takes
+    if not zipfile.is_zipfile(file):  # written by PyTorch before 1.6, or refused by torch.load
         return
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
             raise ValueError(f"its entry {packed[0]} is compressed; accepted: stored ones, as by torch.save")
-        # Counted from the first byte, so that PyTorch's own reader finds the same entries.
+        # The first entry must begin at byte 0, so that PyTorch's own reader finds the same entries.
         if sum(entry.file_size for entry in entries) > size or min(entry.header_offset for entry in entries) != 0:
             raise ValueError(f"its entries hold more than its {size} bytes, or do not begin with the file")
         if damaged := archive.testzip():
@@ -331,17 +335,17 @@ def _require_sound(file: Path) -> None:
 def build(
     node: Mapping[str, Any], trust: Sequence[str] = (), accepted: Sequence[str] = NETWORKS, *args: Any, **passed: Any
 ) -> Any:
-    """Build what a node from a file names: a class of ours with plain arguments, and nothing else.
+    """Build the object of a node from a file: a class of ours with plain arguments, and nothing else.
 
     Args:
         node: ``_target_``, a dotted path to a class, and its arguments: numbers, text, booleans, null, and short lists
             and mappings of them, without ``_target_`` or interpolation.
-        trust: dotted paths of modules whose classes, and those of all modules below them, may be named as well.
-        accepted: dotted paths of the classes that may be named without trust.
-        args, passed: passed to the class: what the file does not hold.
+        trust: dotted paths of modules; their classes, and those of all modules below them, are accepted as well.
+        accepted: dotted paths of the classes that are accepted without trust.
+        args, passed: further arguments, which do not come from the file.
 
     Raises:
-        ValueError: another class or argument; the message names it.
+        ValueError: a class or an argument that is not accepted; the message names it.
     """
     name: Any = node.get("_target_")
     if type(name) is not str or (name not in accepted and not name.startswith(_prefixes(trust))):
@@ -363,32 +367,34 @@ def _prefixes(trust: Sequence[str]) -> tuple[str, ...]:
 
 def _refuse(name: Any, accepted: str) -> NoReturn:
     module = name.partition(".")[0][:40] if isinstance(name, str) else "module"
-    own = f"what is your own, and whose code is run, takes trust=[{module}]"
+    own = f"to run code of your own, give trust=[{module}]"
     raise ValueError(f"_target_: got {_SHORT.repr(name)}, accepted: {accepted}; {own}")
 
 
 def _find(name: str, accepted: Collection[str], trust: Sequence[str]) -> Any:
-    """What a name means: of trusted modules what they define, not what they import."""
+    """The object of a dotted name; a trusted module must define it, not only import it."""
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
     if name not in accepted and not f"{getattr(found, '__module__', '')}.".startswith(_prefixes(trust)):
-        raise ValueError(f"_target_: got {name}, accepted: what is defined in what is trusted")
+        raise ValueError(f"_target_: got {name}, accepted: a name that a trusted module defines itself")
     return found
 
 
 def require_known(config: Any, trust: Sequence[str] = ()) -> None:
-    """Check that a run's configuration, which is code to whoever resumes it, names nothing foreign.
+    """Check that a run's configuration names no foreign code, since resuming the run executes what it names.
+
+    Accepted are targets and resolvers that ``conf/`` names, optimizers of torch, callbacks of Lightning, transforms of
+    albumentations, and what is trusted.
 
     Args:
         config: plain containers, before interpolation.
-        trust: as :func:`build`; the name of a resolver, such as ``oc.env``, trusts that one.
+        trust: as for :func:`build`; may also hold names of resolvers, such as ``oc.env``.
 
     Raises:
-        ValueError: a ``_target_`` or a resolver that ``conf/`` does not name, nor is trusted; optimizers of torch,
-            callbacks of Lightning and transforms of albumentations may be named as well.
+        ValueError: another target or resolver.
     """
     files = Path(conf_dir()).rglob("*.yaml")
     known = {name for file in files for name in _names(yaml.safe_load(file.read_text(encoding="utf-8")))}
@@ -401,7 +407,7 @@ def require_known(config: Any, trust: Sequence[str] = ()) -> None:
 
 
 def _names(node: Any) -> Iterator[str]:
-    """Targets, and beginnings of interpolations that are more than the key of another value."""
+    """All targets, and the text after ``${`` of interpolations that are more than the key of another value."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from [str(value)] if key == "_target_" else _names(value)
@@ -413,8 +419,11 @@ def _names(node: Any) -> Iterator[str]:
 
 
 def _require_plain(value: Any, where: str, depth: int = 3, largest: float = 2**53, most: int = 1024) -> None:
-    """Raise a ValueError if a value is nothing that a file may hold, nests deeper, or has more than ``most`` values."""
-    pending, count = [(value, where, depth)], 1  # counted, since lists that hold one list many times need few bytes
+    """Raise a ValueError unless a value is plain, nested at most ``depth`` deep, with at most ``most`` values in all.
+
+    Plain are None, booleans, numbers up to ``largest``, text without interpolation, and lists and mappings of these.
+    """
+    pending, count = [(value, where, depth)], 1  # few bytes can hold the same list many times: count each of them
     while pending:
         value, where, depth = pending.pop()
         if type(value) in (list, tuple, dict):
@@ -433,9 +442,9 @@ def _require_plain(value: Any, where: str, depth: int = 3, largest: float = 2**5
 
 
 def _shapes_of(node: Mapping[str, Any], n_classes: int) -> nn.Module:
-    """A network of ours without memory for its weights."""
+    """A network of ours on the meta device: shapes without memory for the weights."""
 
-    # Random numbers on such a device would import torch._dynamo, which takes a second.
+    # Drawing random numbers on the meta device would import torch._dynamo, which takes a second.
     class WithoutInitialising(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
@@ -445,7 +454,7 @@ def _shapes_of(node: Mapping[str, Any], n_classes: int) -> nn.Module:
 
 
 class _Differences:
-    """Which tensors of a state dict a network takes: ``matched``, ``dropped``, ``missing``, of another ``shape``."""
+    """How a state dict fits a network, by tensor: ``matched``, ``dropped``, ``missing`` or of another ``shape``."""
 
     def __init__(self, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -457,9 +466,9 @@ class _Differences:
         self.unfit = self.missing + self.shape  # each entry begins with the tensor's name
 
     def require_fit(self, prefix: str = "") -> None:
-        """Raise a ValueError if the network would not be complete."""
+        """Raise a ValueError if the state dict does not fill the whole network."""
         if self.unfit:
-            raise ValueError(f"{prefix}it misses, or has of another shape: {_listed(self.unfit)}")
+            raise ValueError(f"{prefix}these tensors are missing or of another shape: {_listed(self.unfit)}")
 
     def __str__(self) -> str:
         parts = {"dropped": self.dropped, "missing": self.missing, "of another shape": self.shape}
@@ -475,7 +484,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _recognise(file: Path, content: Any) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
-    """Node, number of classes and weights of the network that names and shapes tell, which is logged."""
+    """Recognise and log a network of the reference by the names and shapes of its weights.
+
+    Returns:
+        Its node, its number of classes, and its weights under our names.
+    """
     weights = {name.removeprefix(_PARALLEL): tensor for name, tensor in _state_dict(content).items()}
     node, classifier = _describe(weights)
     if classifier not in weights:
@@ -485,7 +498,7 @@ def _recognise(file: Path, content: Any) -> tuple[dict[str, Any], int, dict[str,
             f"{_listed(list(weights)) or 'no tensors by name'}"
         )
     n_classes = sum(weights[classifier].shape[:1])
-    for aux in (True, False):  # auxiliary heads that are missing or incomplete are not needed to predict
+    for aux in (True, False):  # without auxiliary heads if any is missing or incomplete: prediction needs none
         node["aux"] = aux
         differences = _Differences(_shapes_of(node, n_classes), weights)
         if not differences.unfit:
@@ -500,7 +513,7 @@ def _recognise(file: Path, content: Any) -> tuple[dict[str, Any], int, dict[str,
 
 
 def _describe(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
-    """Node of the network without ``aux``, and the name of its classifier's weight; of other networks nothing."""
+    """Node of the network without ``aux``, and the name of its classifier's weight; both empty for other networks."""
     if "cp.resnet.conv1.weight" in weights:
         two_path = "two_path" if "sp.conv1.conv.weight" in weights else "one_path"
         node = {
@@ -527,10 +540,14 @@ def _describe(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
 
 
 def finetune(network: nn.Module, path: str | PathLike[str]) -> None:
-    """Start a network from the weights of another: everything up to its heads, and of the heads what has their shape.
+    """Load another network's weights into a network: all tensors before the heads, and those in the heads that fit.
 
-    So another number of classes keeps all but the classifiers. What is kept, dropped and missing is logged. A network
-    that differs before its heads is a ValueError, other errors are those of :func:`read`.
+    With another number of classes, only the classifiers keep their initial weights. Matched, dropped and missing
+    tensors are logged.
+
+    Raises:
+        ValueError: the networks differ before their heads, or the file is refused as by :func:`read`.
+        FileNotFoundError: no such file.
     """
     file, content, weights = _read_content(path)
     weights = _recognise(file, content)[2] if weights is None else weights
@@ -547,18 +564,18 @@ def finetune(network: nn.Module, path: str | PathLike[str]) -> None:
 
 
 def load_backbone(network: nn.Module, backbone: str, source: str, sha256: str | None = None) -> None:
-    """Load into a module of the network what fits by name and shape, and log what does not.
+    """Load the tensors that fit by name and shape into a module of the network, and log those that do not.
 
-    Read are the state dict of a whole classifier (torchvision's ResNet-18, whose ``fc`` nothing here takes), and a dict
-    of such state dicts by submodule (``backbone_v2.pth`` of CoinCheung/BiSeNet).
+    The file holds the state dict of a classifier (torchvision's ResNet-18, whose ``fc`` stays unused), or a dict of
+    state dicts by submodule (``backbone_v2.pth`` of CoinCheung/BiSeNet).
 
     Args:
         network: a new network.
         backbone: dotted name of the module; empty: the network itself.
-        source, sha256: the file, as :func:`fetch` takes it.
+        source, sha256: the file and its digest, as for :func:`fetch`.
 
     Raises:
-        ValueError: no such module or file, a file of another kind, or one of which less than half fits.
+        ValueError: no such module or file, a file of another kind, or a file of whose tensors less than half fit.
     """
     try:
         module = network.get_submodule(backbone)
@@ -583,12 +600,12 @@ def load_backbone(network: nn.Module, backbone: str, source: str, sha256: str | 
 
 
 def fetch(source: str, sha256: str | None = None) -> Path:
-    """The file that a path or a URL names, its digest checked.
+    """Find or download a file, and check its digest.
 
     Args:
         source: a path, or a URL (``https``, ``http``, ``file``), downloaded once to the cache of ``torch.hub``.
-        sha256: the digest or its first 8 or more digits; None: the part of the file's name after the last ``-``, where
-            that is 8 or more hexadecimal digits with a letter among them, else none: the digest is then logged.
+        sha256: the digest or its first 8 or more digits. None: the part of the file's name after the last ``-``, if it
+            is 8 to 64 hexadecimal digits with a letter among them; otherwise the digest is logged and not checked.
 
     Raises:
         ValueError: no such file, no answer, or another digest; the message says what to do.
@@ -598,7 +615,7 @@ def fetch(source: str, sha256: str | None = None) -> Path:
     url = urlparse(source) if urlparse(source).scheme in ("http", "https", "file") else None
     name = Path(url.path if url else source).name
     file = Path(torch.hub.get_dir(), "checkpoints", name) if url else Path(source).expanduser()
-    named = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.[^.]+$", name)  # with a letter: else it may be a date
+    named = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.[^.]+$", name)  # digits alone may be a date
     expected = sha256 or (named and named[1])
     if url and not file.is_file():
         _download(source, file, expected)
@@ -616,7 +633,7 @@ def fetch(source: str, sha256: str | None = None) -> Path:
 
 
 def _download(url: str, file: Path, sha256: str | None) -> None:
-    """Stock, but not ``load_state_dict_from_url``, which takes no digest and checks no archive before it unpacks it."""
+    """Download with ``torch.hub``; its ``load_state_dict_from_url`` takes no digest and unpacks archives unchecked."""
     log.info("downloading %s to %s", url, file)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_TIMEOUT)  # torch.hub sets none

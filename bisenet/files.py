@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever ends the process or the machine."""
+"""Atomic writing: a file is there whole or not at all, even after a kill or a power cut."""
 
 import os
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
-    """Write a draft within, which takes the place of a file at the end; its folder is made.
+    """Open a draft for writing; when the ``with`` block ends, the draft, synced to disk, replaces the file.
 
     Args:
-        path: the file.
-        keep: what the file that was there is called from now on; None: it is lost.
+        path: the file; its folder is made.
+        keep: new path of the file that is replaced; None: that file is deleted.
 
     Raises:
-        OSError: it cannot be written, as on a full disk; the message names it.
+        OSError: the file cannot be written, as on a full disk; the message names it.
     """
     draft = path.with_name(f".{path.name}.draft")
     try:
@@ -39,6 +39,6 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove what processes that were killed have left of :func:`replacing`; no other may be writing there."""
+    """Remove drafts that killed processes have left of :func:`replacing`; no other process may write there now."""
     for draft in folder.glob(".*.draft"):
         draft.unlink()

@@ -1,4 +1,4 @@
-"""The LightningModule: glue around any network. It knows no architecture, no data set and no configuration."""
+"""The LightningModule: glue between any network and Lightning. It knows no architecture, data set or configuration."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -18,18 +18,18 @@ OptimizerFactory = Callable[[nn.Module], tuple[torch.optim.Optimizer, torch.opti
 
 
 class SegmentationModule(LightningModule):
-    """Calls the network, the loss, the metric and the optimizer that it is given, and logs.
+    """Trains and evaluates a network with the loss, metric and optimizer that it is given, and logs.
 
-    Logged: ``train/loss``, ``train/loss/<head>``, ``train/kept/<head>`` (share of the valid pixels that the loss
-    keeps), ``val/<protocol>/miou``. Of accumulated batches, the mean.
+    Logged are ``train/loss``, ``train/loss/<head>`` and ``train/kept/<head>`` (share of the valid pixels that the loss
+    keeps), each as the mean over accumulated batches and devices, and ``val/<protocol>/miou``.
 
     Args:
-        segmenter: network, normalisation, protocols and class table. The first protocol scores the validations, a
-            test takes all.
-        loss: loss over all heads, as :class:`bisenet.losses.DeepSupervision`; it and what follows is for a training.
-        optimizer: called with the network, gives optimizer and scheduler (stepped every step).
-        portable: plain values that a checkpoint carries for those who predict, see :mod:`bisenet.checkpoint`.
-        config: plain values of the whole experiment, Lightning's hyperparameters.
+        segmenter: network, normalisation, protocols and class table. A validation uses the first protocol, a test all.
+        loss: loss over all heads, such as :class:`bisenet.losses.DeepSupervision`. Only a training needs it and the
+            arguments below.
+        optimizer: function from the network to its optimizer and scheduler; the scheduler is stepped every step.
+        portable: plain values that checkpoints carry for prediction, see :mod:`bisenet.checkpoint`.
+        config: configuration of the experiment in plain values; Lightning stores it as hyperparameters.
     """
 
     def __init__(
@@ -47,23 +47,23 @@ class SegmentationModule(LightningModule):
         self.optimizer_factory = optimizer
         self.portable = dict(portable or {})
         self.protocols = list(segmenter.protocols)
-        # Lists, in the order of the protocols, since a module's name may not hold a dot.
+        # Lists in the order of the protocols: names of submodules may not contain dots, names of protocols may.
         self.metrics = nn.ModuleList(SegmentationMetric(segmenter.classes.num_classes) for _ in self.protocols)
         self.seconds = nn.ModuleList(SumMetric() for _ in self.protocols)
         self.evaluation: dict[str, tuple[SegmentationScores, float]] = {}
-        """Scores of the last evaluation that ended, by protocol, and seconds of prediction, summed over the ranks."""
+        """Protocol -> scores of the last finished evaluation, and its seconds of prediction, summed over all ranks."""
         self.validated_step: int | None = None
-        """Step of the last validation that ended, if it is what ``evaluation`` holds."""
-        self._accumulated: list[Tensor] = []  # scalars of the batches of the step that has begun
+        """Step of the validation that ``evaluation`` holds; None: it holds a test, or nothing."""
+        self._accumulated: list[Tensor] = []  # logged scalars of the current step, batch by batch
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """One batch: image (B, 3, H, W) uint8, mask (B, H, W) uint8 -> loss."""
+        """Loss of one batch: ``image`` (B, 3, H, W) uint8, ``mask`` (B, H, W) uint8 -> scalar."""
         network = self.segmenter.network
         output = network(self.segmenter.normalize(batch["image"]))
         assert self.loss is not None, "a module without a loss only evaluates"
         loss = self.loss(output, batch["mask"], align_corners=bool(network.align_corners))
         if (self.global_step + 1) % self.trainer.log_every_n_steps != 0:  # type: ignore[attr-defined]
-            return loss.total  # a number that is logged from the host would make it wait for the device
+            return loss.total  # logging would make the host wait for the device
         valid = (batch["mask"] != self.segmenter.classes.ignore_index).sum().clamp(min=1)
         scalars = torch.stack([loss.total, *loss.heads, *(kept / valid for kept in loss.kept)])
         self._accumulated.append(scalars.detach())
@@ -76,17 +76,17 @@ class SegmentationModule(LightningModule):
         return loss.total
 
     def on_fit_start(self) -> None:
-        """What the first process has read of the data, such as class weights, holds for all."""
+        """Send buffers that the first process has computed from the data, such as class weights, to all processes."""
         self._share_buffers()
 
     def on_train_start(self) -> None:
-        """An optimizer stays fused or not, whatever it was in the training that is taken up."""
+        """Keep the optimizer's own ``fused`` and ``foreach``, which a loaded checkpoint has overwritten."""
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group.update({key: optimizer.defaults[key] for key in {"fused", "foreach"} & optimizer.defaults.keys()})
 
     def on_validation_epoch_start(self) -> None:
-        """Forget what an interrupted evaluation may have counted; evaluate what a checkpoint would hold."""
+        """Reset counts that an interrupted evaluation may have left; evaluate with the buffers of the first process."""
         for metric in (*self.metrics, *self.seconds):
             metric.reset()  # type: ignore[operator]
         self._share_buffers()
@@ -102,7 +102,7 @@ class SegmentationModule(LightningModule):
             self.validated_step = self.global_step
             log.info("step %d: val/%s/miou %.4f", self.global_step, name, scores.miou)
 
-    # A test is the evaluation of a split under all protocols; its numbers are reported by the caller.
+    # A test evaluates a split with all protocols; the caller reports its scores.
     on_test_epoch_start = on_validation_epoch_start
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -113,7 +113,8 @@ class SegmentationModule(LightningModule):
         self.validated_step = None
 
     def _share_buffers(self) -> None:
-        if distributed.is_initialized():  # each process has its own running statistics
+        """Send the first process's buffers to all; each process has running statistics of its own."""
+        if distributed.is_initialized():
             for buffer in self.buffers():
                 distributed.broadcast(buffer, src=0)
 
@@ -133,5 +134,5 @@ class SegmentationModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint explains itself: what prediction needs travels with the weights."""
+        """Add to the checkpoint what prediction needs beside the weights."""
         checkpoint["bisenet"] = self.portable

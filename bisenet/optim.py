@@ -12,23 +12,23 @@ from torch.optim.lr_scheduler import LambdaLR
 
 @dataclass(frozen=True)
 class GroupRule:
-    """Which parameters a group takes, and how they are trained.
+    """Which parameters a group takes, and their learning rate and weight decay.
 
     Raises:
         ValueError: a value outside its range.
     """
 
     layers: Sequence[str] | None = None
-    """Modules (dotted names) whose parameters match; None: all; an empty list switches the rule off."""
+    """Dotted names of the modules whose parameters match; None: all modules; an empty list: the rule is off."""
     kind: str = "any"
-    """``weight`` (two or more dimensions), ``norm_bias`` (one: norm scales, shifts and biases) or ``any``."""
+    """``weight`` (two or more dimensions), ``norm_bias`` (at most one: norm scales, shifts and biases) or ``any``."""
     lr_multiplier: float = 1.0
-    """Learning rate relative to the optimizer's."""
+    """Factor on the optimizer's learning rate, at least 0."""
     weight_decay: float | None = None
-    """None: the optimizer's."""
+    """Weight decay, at least 0; None: the optimizer's."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, str):  # of which each letter would be one
+        if isinstance(self.layers, str):  # each letter would count as a name
             raise ValueError(f"layers: got {self.layers!r}, accepted: null or a list of module names")
         if self.kind not in ("weight", "norm_bias", "any"):
             raise ValueError(f"kind: got {self.kind!r}, accepted: weight | norm_bias | any")
@@ -46,19 +46,19 @@ class GroupRule:
 def parameter_groups(
     network: nn.Module, rules: Mapping[str, GroupRule], lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Split the trainable parameters: each goes to the first rule that matches it.
+    """Split a network's trainable parameters into groups: each parameter goes to the first rule that matches it.
 
     Args:
-        network: whose parameters; one that is shared counts under its first name.
+        network: the network; a shared parameter counts under its first name.
         rules: name of the group -> rule, in order.
         lr: learning rate of a group whose multiplier is 1.
-        weight_decay: of the groups whose rule leaves it open.
+        weight_decay: weight decay of a group whose rule sets none.
 
     Returns:
         One ``{"name", "params", "lr", "weight_decay"}`` for each rule that is not switched off, for a torch optimizer.
 
     Raises:
-        ValueError: a rule names a layer that does not exist or gets no parameter, or no rule takes a parameter.
+        ValueError: a rule names a layer that does not exist, a rule gets no parameter, or a parameter matches no rule.
     """
     modules = dict(network.named_modules())
     for name, rule in rules.items():
@@ -96,10 +96,10 @@ class WarmupConstant(LambdaLR):
     """A warmup, then the full learning rate.
 
     Args:
-        optimizer: whose learning rates; stepped after every optimisation step.
+        optimizer: the optimizer whose learning rates are set.
         warmup_steps: steps until the full learning rate; 0: no warmup.
         warmup_ratio: share of the learning rate at step 0, in (0, 1].
-        warmup: how the share rises to 1: ``exponential`` (its logarithm is a line) or ``linear``.
+        warmup: how the share rises to 1: ``exponential`` (its logarithm is linear in the step) or ``linear``.
 
     Raises:
         ValueError: a value outside its range.
@@ -118,7 +118,7 @@ class WarmupConstant(LambdaLR):
         super().__init__(optimizer, self.share)
 
     def share(self, step: int) -> float:
-        """Share of the learning rate after so many steps."""
+        """Share of the learning rate after ``step`` optimisation steps."""
         if step >= self.warmup_steps:
             return self.decay(step)
         done, ratio = step / self.warmup_steps, self.warmup_ratio
@@ -130,19 +130,19 @@ class WarmupConstant(LambdaLR):
 
 
 class WarmupPoly(WarmupConstant):
-    """A warmup, then (1 - progress)^power (arXiv 1808.00897, section 4.1).
+    """A warmup, then the share (1 - progress)^power (arXiv 1808.00897, section 4.1).
 
-    Progress is counted over the steps that the warmup leaves of ``total_steps``, as both generations of the reference
-    do. The learning rate is 0 from ``total_steps`` on.
+    Progress rises from 0 at the end of the warmup to 1 at ``total_steps``, as in both generations of the reference.
+    The learning rate is 0 from ``total_steps`` on.
 
     Args:
-        optimizer: as for :class:`WarmupConstant`, whose arguments ``warmup`` are.
+        optimizer: the optimizer whose learning rates are set.
         total_steps: length of the training, warmup included.
         power: exponent of the decay, above 0.
-        **warmup: see there.
+        **warmup: ``warmup_steps``, ``warmup_ratio`` and ``warmup`` of :class:`WarmupConstant`.
 
     Raises:
-        ValueError: a value outside its range, or nothing is left after the warmup.
+        ValueError: a value outside its range, or no step is left after the warmup.
     """
 
     def __init__(self, optimizer: Optimizer, *, total_steps: int, power: float = 0.9, **warmup: Any) -> None:
@@ -154,7 +154,7 @@ class WarmupPoly(WarmupConstant):
         super().__init__(optimizer, **warmup)
 
     def progress(self, step: int) -> float:
-        """Share of the decay that is done after the warmup, in [0, 1]; past the end it stays 1."""
+        """Progress of the decay at a step after the warmup, in [0, 1]; 1 from ``total_steps`` on."""
         return min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
 
     def decay(self, step: int) -> float:
@@ -163,10 +163,10 @@ class WarmupPoly(WarmupConstant):
 
 
 class WarmupCosine(WarmupPoly):
-    """A warmup, then half a cosine wave (arXiv 1608.03983).
+    """A warmup, then half a cosine wave from 1 to 0 (arXiv 1608.03983).
 
-    Departs: the reference measures the wave from step 0 although it is used after the warmup only, so that it starts
-    below 1 and does not end at 0; here it starts after the warmup.
+    Departs: here the wave starts at the end of the warmup. The reference measures it from step 0, although it is used
+    only after the warmup, so that it starts below 1 and does not end at 0.
     """
 
     def __init__(self, optimizer: Optimizer, *, total_steps: int, **warmup: Any) -> None:

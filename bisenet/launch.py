@@ -1,8 +1,8 @@
-"""What surrounds a run: one process in its directory, or one for each device of this machine, and how they end.
+"""The processes of a run: a lock on its directory, one process for each device of this machine, and how they end.
 
-Lightning's own relaunch would repeat a whole sweep in every child, and torch's elastic launcher names the process that
-was noticed first and not the one that was killed. Here only the function is started, in processes that find each other
-as those of torchrun do; the first failure ends all of them, and so does the end of this process.
+:func:`run` starts one function in several processes, with the environment variables of torchrun. The first failure ends
+all of them, and so does the end of this process. Lightning's own relaunch would repeat a whole sweep in every child;
+torch's elastic launcher blames the first process that it notices, not the one that was killed.
 """
 
 import ctypes
@@ -31,37 +31,37 @@ PRACTICAL = (
     "data.root", "data.workers", "data.cache", "data.cache_root", "trainer.accelerator",
     "callbacks.progress", "logger", "hydra", "run_dir", "trust", "max_pixels_per_batch",
 )  # fmt: skip
-"""Keys that may differ when a run is continued: they cannot change its result."""
+"""Keys of the configuration that may differ when a run is continued, since they cannot change its result."""
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What batch systems send to a job that is to end; SIGUSR1 is Slurm's warning."""
+"""Signals by which batch systems tell a job to end; SIGUSR1 is Slurm's warning."""
 ENDED = 128 + signal.SIGTERM
 """Exit code of a run that was told to end."""
-_PATIENCE = 10  # seconds that processes have to end by themselves when one of them has failed
+_PATIENCE = 10  # seconds that the other processes have to end by themselves once one has failed
 
 
 # ---------------------------------------------------------------- a run's directory
 
 
 class InUse(OSError):
-    """Another process works in a directory."""
+    """Another process has locked a directory."""
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Work in a directory as its only process.
+    """Lock a directory, so that no other process works there.
 
     Raises:
-        InUse: another process does; the message names it and its host.
+        InUse: another process has locked it; the message names that process and its host.
     """
     file = folder.resolve() / ".lock"
     lock = FileLock(file, blocking=False)
     try:
         lock.acquire()
     except Timeout:
-        owner = file.read_text().strip().replace("\n", " on ")  # of a soft lock, number and host are two lines
+        owner = file.read_text().strip().replace("\n", " on ")  # process number and host are two lines
         raise InUse(f"{folder} is in use by process {owner}") from None
     try:
-        if not isinstance(lock, SoftFileLock):  # which filelock turns it into where a file system knows no locks
+        if not isinstance(lock, SoftFileLock):  # a soft lock has written its owner itself
             file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
         yield
     finally:
@@ -70,7 +70,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
-    """What ``results.json`` of a run holds; None: there is none, or it is damaged, or of another version."""
+    """The content of a run's ``results.json``; None if the file is missing, damaged or of another version."""
     try:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -79,18 +79,18 @@ def read_results(folder: Path) -> dict[str, Any] | None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str]) -> str:
-    """What two configurations of one run say differently, a line for each key; empty: nothing.
+    """Differences between two configurations of one run, one line for each key; empty if there are none.
 
     Args:
-        before: plain values; what the run was begun with.
-        now: plain values; what it is to be continued with.
-        ignored: keys that may differ, with all below them.
+        before: the configuration that the run was begun with, in plain values.
+        now: the configuration that it is to be continued with, in plain values.
+        ignored: keys that may differ, with all keys below them.
     """
     there, here = dict(_leaves(before)), dict(_leaves(now))
-    there.setdefault("channels_last", here.get("channels_last"))  # of a run from before 0.3.0, which stays contiguous
+    there.setdefault("channels_last", here.get("channels_last"))  # runs before 0.3.0 lack the key
     keys = [
         key for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and str(there.get(key)) != str(here.get(key))  # nan is not itself
+        if there.get(key) != here.get(key) and str(there.get(key)) != str(here.get(key))  # nan != nan
         and not within(key, ignored)
     ]  # fmt: skip
     lines = [f"  {key}: {there.get(key, 'nothing')} there, {here.get(key, 'nothing')} now" for key in keys]
@@ -101,16 +101,16 @@ LONGER = (
     "The learning rate has run out at trainer.max_steps: a longer training is a new run, from the start, or with "
     "finetune_from=<run> from the weights of this one."
 )
-"""What to do for a longer training."""
+"""Advice where a run cannot be continued with more steps."""
 
 
 def within(key: str, nodes: Collection[str]) -> bool:
-    """Whether a key is one of some nodes, or below one."""
+    """Whether a dotted key is one of the nodes, or below one."""
     return any(f"{key}.".startswith(f"{node}.") for node in nodes)
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Full key and value of everything in a plain container that holds nothing further."""
+    """Dotted key and value of every value that is no mapping."""
     if not isinstance(node, Mapping):
         yield path, node
     else:
@@ -122,10 +122,10 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def processes_here(devices: Any) -> int:
-    """How many processes Lightning's ``Trainer(devices=...)`` needs on this machine; 1 where torchrun has started us.
+    """How many processes to start for ``Trainer(devices=...)`` on this machine; 1 if torchrun has started this one.
 
     Args:
-        devices: a number, a list of device numbers, or ``auto``: as many as there are GPUs.
+        devices: a number, a list of device numbers, or ``auto``: one for each GPU, at least 1.
     """
     if "LOCAL_RANK" in os.environ:
         return 1
@@ -133,7 +133,7 @@ def processes_here(devices: Any) -> int:
         return len(devices)
     if str(devices).isdecimal():
         return int(devices)
-    import torch  # heavy: only where it must be asked
+    import torch  # takes seconds: only where it is needed
 
     return max(1, torch.cuda.device_count())
 
@@ -144,37 +144,37 @@ def cores() -> int:
 
 
 def pool(processes: int) -> ProcessPoolExecutor:
-    """Processes that share a piece of work, and end with this one."""
+    """A pool of worker processes that end when this process ends."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     return ProcessPoolExecutor(processes, context, initializer=end_with, initargs=(os.getpid(),))
 
 
 def end_with(parent: int) -> None:
-    """End this process when its parent ends, however that ends: else it would train on, beside a resumption."""
+    """End this process when its parent ends, even by SIGKILL; else it would train on beside the resumed run."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        if os.getppid() != parent:  # it ended before
+        if os.getppid() != parent:  # the parent ended before the call
             os._exit(1)
 
 
 def run(function: str, argument: Any, processes: int, job_logging: Mapping[str, Any]) -> None:
-    """Call a function in several processes.
+    """Call a function in several processes, and wait for all of them.
 
-    A signal of ``ENDING_SIGNALS`` is passed on to them; a second one, a second or more later, ends them at once.
+    A signal of ``ENDING_SIGNALS`` is passed on to the processes; another one, a second or more later, kills them.
 
     Args:
-        function: as ``module:name``, imported in the processes only.
-        argument: plain data.
+        function: as ``module:name``; only the new processes import it.
+        argument: the function's argument, plain data.
         processes: how many.
-        job_logging: for ``logging.config.dictConfig`` in the first process, which speaks for all.
+        job_logging: configuration for ``logging.config.dictConfig`` in the first process, which logs for all.
 
     Raises:
-        ChildProcessError: a process failed, or was killed; the message names it, and its error.
-        SystemExit: with the code ``ENDED`` after such a signal.
+        ChildProcessError: a process failed or was killed; the message names it and its error.
+        SystemExit: with the code ``ENDED``, after one of the signals.
     """
     from torch.distributed import TCPStore
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where the processes find each other
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the rendezvous
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     torchrun = {
         "MASTER_ADDR": store.host, "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
@@ -223,10 +223,10 @@ def run(function: str, argument: Any, processes: int, job_logging: Mapping[str, 
 
 
 def _failure(codes: Sequence[int | None], pipes: Sequence[Any]) -> str:
-    """The process that failed first, and why: one that was killed, since its peers' errors only follow from that."""
+    """Which process failed first, and why. A killed process comes first: the errors of the others follow from that."""
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
-            hint = ", as Linux does for want of memory" if -code == signal.SIGKILL else ""
+            hint = ", as Linux does when memory runs out" if -code == signal.SIGKILL else ""
             return f"process {rank} of {len(codes)} was killed by {signal.Signals(-code).name}{hint}"
     reports = [(*pipe.recv(), rank) for rank, pipe in enumerate(pipes) if pipe.poll()]
     if not reports:

@@ -1,4 +1,4 @@
-"""Around the training loop: clock, progress bar, checkpoints that resume exactly, averaged weights, loggers."""
+"""Callbacks and loggers of a training: clock, progress bar, exact resumption, averaged weights, metrics.csv."""
 
 import csv
 import io
@@ -43,21 +43,21 @@ def ends_step(trainer: Trainer, batch_idx: int) -> bool:
 class StepClock(Callback):
     """Logs ``time/step`` (seconds of a whole step) and ``time/data`` (the part of it spent waiting for batches).
 
-    Stands last among the callbacks, since what those after it do would count as waiting.
+    It must be the last callback: the time of callbacks after it would count as waiting.
 
-    Warns once, after 50 steps that spent more than a tenth of their time so, on a GPU only while that had nothing to
-    do. The first 50 of a process, in which workers start and libraries choose their algorithms, are passed over.
+    It warns once, when 50 steps have spent more than a tenth of their time waiting; with a GPU, only the time in which
+    the GPU is idle counts. The first 50 steps of a process are left out: workers start, libraries choose algorithms.
     """
 
     def __init__(self) -> None:
-        self._step = self._data = 0.0  # of the step that has begun
+        self._step = self._data = 0.0  # seconds of the current step, and those of them spent waiting
         self._idle_since = perf_counter()
         self._steps, self._warned = 0, False
-        self._stretch = np.zeros(2)  # seconds of steps, and of those waiting, since the last 50th step
-        self._busy: Callable[[], bool] = lambda: False  # whether the device still works at the step before
+        self._stretch = np.zeros(2)  # the same two, summed over up to 50 steps
+        self._busy: Callable[[], bool] = lambda: False  # whether the GPU still computes the previous batch
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A validation is no part of a step, nor is what comes before the first."""
+        """Restart the clock: neither a validation nor the time before the first step belongs to a step."""
         self._idle_since = perf_counter()
 
     on_train_start = on_validation_end
@@ -70,7 +70,7 @@ class StepClock(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The step is done (on a GPU: launched)."""
+        """Count the batch, which is done (on a GPU: launched)."""
         now = perf_counter()
         self._step += now - self._idle_since
         self._idle_since = now
@@ -100,8 +100,8 @@ class StepClock(Callback):
 class LossScale(Callback):
     """Logs ``precision/scale`` and ``precision/overflows`` (steps skipped so far) where fp16 gradients are scaled.
 
-    The scale falls when, and only when, a step is skipped because a gradient overflowed. It is compared on the device,
-    and read where scalars are written: nothing waits in between.
+    The scale falls when, and only when, a step is skipped because a gradient overflowed. Scales are compared on the
+    device and read only at steps that are logged, so that no other step waits for the device.
     """
 
     def __init__(self) -> None:
@@ -136,7 +136,8 @@ class ProgressBar(RichProgressBar):
     """Progress over the steps of the run, with loss, learning rate, time per step, time waiting for data, last mIoU.
 
     Args:
-        refresh_rate: batches between two updates. The numbers are read, which waits for a GPU, when they are logged.
+        refresh_rate: batches between two updates of the bar. The numbers change only at steps that are logged, since
+            reading them waits for the GPU.
     """
 
     def __init__(self, refresh_rate: int = 2) -> None:
@@ -145,7 +146,7 @@ class ProgressBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """The bar spans the run from step 0, resumed or not."""
+        """Batches of the whole run from step 0, also in a resumed run."""
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def _get_train_description(self, current_epoch: int) -> str:
@@ -164,13 +165,17 @@ class ProgressBar(RichProgressBar):
 class NonFinite(Callback):
     """Ends a training whose loss, weights or running statistics are infinite or not a number.
 
-    The loss is looked at on the device after every step and read one step later, so that nothing waits for it. Where
-    fp16 gradients are scaled, such steps are skipped, and 20 in a row end the training. No checkpoint takes up a value
-    that is not finite. The step's images, and what their augmentation drew from, are written to a file.
+    The loss is checked on the device after every batch, and the result is read one batch later, so that nothing waits
+    for it. Where fp16 gradients are scaled, such steps are skipped, and only 20 in a row end the training. Weights and
+    running statistics are checked before every checkpoint, so that none holds such a value. The step's images and the
+    seeds of their augmentation are written to a file.
 
     Args:
         path: the file, JSON.
-        until: end the training after so many steps, as ``debug=replay`` does after the one in question; None: as usual.
+        until: end the training at this step, as ``debug=replay`` does after the step in question; None: do not.
+
+    Raises:
+        FloatingPointError: when the training ends for such a value; the message says what to do.
     """
 
     def __init__(self, path: str | Path, until: int | None = None) -> None:
@@ -178,16 +183,16 @@ class NonFinite(Callback):
         self.until = until
         self._in_row: torch.Tensor | int = 0
         self._read: Callable[[], int] = lambda: 0
-        self._step = 0  # of what will be read
+        self._step = 0  # step of the result that is read next
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at this loss, and read what was seen of the one before."""
+        """Check this loss on the device, and read the result for the loss before."""
         wrong = (~torch.isfinite(outputs["loss"])).int()
         if distributed.is_initialized():
             distributed.all_reduce(wrong, distributed.ReduceOp.MAX)  # all processes end, or none
-        self._in_row = (self._in_row + 1) * wrong
+        self._in_row = (self._in_row + 1) * wrong  # losses in a row that are not finite
         self._check_loss(trainer, pl_module)
         self._read = _read_later(self._in_row)
         self._step = trainer.global_step + (not ends_step(trainer, batch_idx))
@@ -202,7 +207,7 @@ class NonFinite(Callback):
     on_validation_start = on_train_end = _check_loss
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep what is not finite out of every checkpoint."""
+        """End the training before a checkpoint would hold a value that is not finite."""
         wrong = [name for name, tensor in checkpoint["state_dict"].items() if not torch.isfinite(tensor).all()]
         if trainer.strategy.reduce_boolean_decision(bool(wrong), all=False):
             named = f"{wrong[0]} and {len(wrong) - 1} more tensors" if wrong else "tensors of another process"
@@ -211,7 +216,7 @@ class NonFinite(Callback):
     def _end(self, trainer: Trainer, step: int, what: str) -> None:
         if trainer.is_global_zero:
             write_json(self.path, {"reason": what, "step": step, "samples": _drawn(trainer, step)})
-        trainer.strategy.barrier()  # else the first process to end would take this one with it
+        trainer.strategy.barrier()  # else the error of another process could end this one before it has written
         last = self.path.parent / "checkpoints" / "last.ckpt"
         again = f"debug=replay callbacks.nonfinite.until={step}" + f" ckpt_path={last}" * last.exists()
         raise FloatingPointError(
@@ -221,7 +226,7 @@ class NonFinite(Callback):
 
 
 def _read_later(number: torch.Tensor) -> Callable[[], int]:
-    """A function that gives a number as it is on the device now, and waits for nothing that is launched after now."""
+    """A function that returns the present value of a scalar, and waits for no work that the GPU is given later."""
     copied = number.to("cpu", non_blocking=number.is_cuda)
     if not number.is_cuda:
         return lambda: int(copied)
@@ -236,7 +241,7 @@ def _read_later(number: torch.Tensor) -> Callable[[], int]:
 
 
 def _drawn(trainer: Trainer, step: int) -> list[dict[str, Any]]:
-    """What all processes trained on in a step, counted from 1."""
+    """Images, labels, augmentation seeds and value ranges of a step (counted from 1), in all processes."""
     loader: Any = trainer.train_dataloader
     batches, parts, found = copy(loader.batch_sampler), trainer.accumulate_grad_batches, []
     for batches.start in range((step - 1) * parts, step * parts):
@@ -251,10 +256,10 @@ def _drawn(trainer: Trainer, step: int) -> list[dict[str, Any]]:
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there; the ``last.ckpt`` before stays as ``previous.ckpt``.
+    """Writes checkpoints atomically, and keeps the replaced ``last.ckpt`` as ``previous.ckpt``.
 
-    Departs from Lightning, which writes to ``$TMPDIR``: on another file system the move is a copy, which a kill or a
-    full disk leaves unfinished, and what may not be written is passed over.
+    Departs from Lightning, which writes to ``$TMPDIR`` and moves the file. From another file system the move is a copy,
+    which a kill or a full disk can leave incomplete, and Lightning ignores a missing write permission.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -270,9 +275,9 @@ class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` so that a run killed at any moment continues as if nothing had happened.
 
     Lightning's ``ModelCheckpoint(save_last=True)`` forgets the random generators, an early stop, and a validation that
-    was due. Here the file is saved after a validation, else at the end of a step, with the state of torch's generators
-    in every process. The state is restored when the first step of the resumed run begins: building loaders and
-    validating draw from them too.
+    was due. Here the file is saved after every validation, and at the end of other steps when a save is due, with the
+    state of torch's random generators in every process. The state is restored only when the first step of the resumed
+    run begins, since building loaders and validating draw from the generators too.
 
     Args:
         path: the file; replaced atomically.
@@ -285,12 +290,12 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(path)
         self.every_n_steps = every_n_steps
         self.save_now = False
-        """Save after the step that ends now, due or not."""
+        """Save at the end of the current step even if no save is due."""
         self._generators: list[dict[str, torch.Tensor]] | None = None
         self._stopped = self._within_step = False
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the generators of each process, now, and whether the training was stopped early."""
+        """State of the random generators in each process, and whether the training was stopped early."""
         own = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             own["cuda"] = torch.cuda.get_rng_state()
@@ -306,17 +311,17 @@ class LastCheckpoint(Checkpoint):
         self._stopped = state_dict["stopped"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A training that was stopped early and killed in its evaluation does not go on: Lightning forgets the stop."""
+        """Restore an early stop, which Lightning forgets, and tidy up the files that a killed process has left."""
         trainer.should_stop = self._stopped
         previous = self.path.with_name("previous.ckpt")
-        trainer.strategy.barrier()  # all have read the checkpoint
+        trainer.strategy.barrier()  # until all processes have read the checkpoint
         if trainer.is_global_zero:
             remove_drafts(self.path.parent)
-            if trainer.ckpt_path == previous:  # last.ckpt is damaged, or missing after a kill between two renames
+            if trainer.ckpt_path == previous:  # last.ckpt is damaged, or a kill came between the two renames
                 os.replace(previous, self.path)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restore the generators once."""
+        """Restore the random generators at the first step."""
         if self._generators is not None:
             own = self._generators[trainer.global_rank]
             torch.set_rng_state(own["cpu"].cpu())
@@ -327,29 +332,29 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, unless a validation follows: Lightning would skip it after a resumption."""
+        """Save if due, unless a validation follows: a resumed run would skip that validation."""
         validation_follows = (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
-        self._within_step = not ends_step(trainer, batch_idx)  # of accumulated gradients, which no checkpoint holds
+        self._within_step = not ends_step(trainer, batch_idx)  # checkpoints hold no accumulated gradients
         due = self.save_now or trainer.global_step % self.every_n_steps == 0
         if due and not validation_follows and not self._within_step:
-            # Lightning logs a step after the last of its hooks, and a row that is saved twice is written once.
+            # Lightning logs a step's scalars only after all hooks; MetricsFile writes a row that is given twice once.
             logged = trainer._logger_connector.metrics["log"] if is_logged(trainer) else {}
             self._save(trainer, {key: value.item() for key, value in logged.items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save with the score of this validation in the state of the other callbacks."""
+        """Save after a validation, once the other callbacks hold its score."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not self._within_step:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last weights are the result."""
+        """Save the last weights, which are the result of the training."""
         self._save(trainer)
 
     def _save(self, trainer: Trainer, row: Mapping[str, float] | None = None) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._stopped = trainer.should_stop
-        for logger in trainer.loggers:  # what is on disk is never behind the weights
+        for logger in trainer.loggers:  # write rows first, so that no checkpoint is ahead of the metrics on disk
             if isinstance(logger, MetricsFile):
                 if row:
                     logger.log_metrics(row, trainer.global_step - 1)
@@ -359,11 +364,13 @@ class LastCheckpoint(Checkpoint):
 
 
 class EndOnSignal(Callback):
-    """Ends a training that is told to end, with the exit code ``ENDED`` of :mod:`bisenet.launch`, once a step is saved.
+    """On SIGTERM or SIGUSR1, saves the current step of a training and exits with ``ENDED`` of :mod:`bisenet.launch`.
 
-    A validation that follows the step is part of it. Elsewhere, as in the final evaluation, there is nothing to save,
-    and the process ends at once, as it does at a second signal, a second or more after the first (`timeout` sends its
-    signal twice). Departs from Lightning, which saves nothing, ends with 0, and under Slurm requeues the job itself.
+    If a validation follows the step, it runs before the save. Outside the training, as in the final evaluation, nothing
+    is to be saved, and the process exits at once. So it does at another signal a second or more after the first; an
+    earlier one is ignored, since ``timeout`` sends its signal twice.
+
+    Departs from Lightning, which saves nothing, exits with 0, and under Slurm requeues the job itself.
     """
 
     def __init__(self) -> None:
@@ -372,7 +379,7 @@ class EndOnSignal(Callback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Heed the signals within."""
+        """Handle the signals within the ``with`` block; the handlers before are restored."""
         before = [(number, signal.getsignal(number)) for number in ENDING_SIGNALS]
         self._listen()
         try:
@@ -386,7 +393,7 @@ class EndOnSignal(Callback):
             signal.signal(number, self._tell)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Heed them again: Lightning has put its own handler there."""
+        """Install the handler again: Lightning has replaced it by its own."""
         self._listen()
 
     on_test_start = on_sanity_check_start
@@ -400,14 +407,14 @@ class EndOnSignal(Callback):
                 raise SystemExit(ENDED)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on a step is to be finished."""
+        """From now on, a signal waits for the end of a step."""
         self._listen()
         self._trains = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Agree with the other processes on the step after which the training ends, and have it saved."""
+        """Agree with the other processes to end after this step, and ask :class:`LastCheckpoint` to save it."""
         if ends_step(trainer, batch_idx):
             told = trainer.strategy.reduce_boolean_decision(self._told_at is not None, all=False)
             if told and not self._ends:
@@ -418,48 +425,48 @@ class EndOnSignal(Callback):
                         callback.save_now = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """It has been saved."""
+        """Exit before the next step: the last one has been saved."""
         if self._ends:
             raise SystemExit(ENDED)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What was the last step has been saved."""
+        """Exit after the last step of the training, which has been saved."""
         self._trains = False
         if self._told_at is not None:
             raise SystemExit(ENDED)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's checkpoint of the best score, which continues wherever the run's directory lies by then.
+    """Lightning's checkpoint of the best score, also for a run directory that has been moved.
 
-    Lightning's own looks for its files where they were written, and forgets the best score when they are elsewhere.
+    Lightning's own looks for its files where they were written, and forgets the best score if they are not there.
 
     Args:
-        dirpath: where to write.
-        monitor: the score.
-        **kwargs: of ``ModelCheckpoint``.
+        dirpath: folder of the checkpoints.
+        monitor: name of the score.
+        **kwargs: other arguments of ``ModelCheckpoint``.
     """
 
     def __init__(self, dirpath: str, monitor: str, **kwargs: Any) -> None:
         super().__init__(dirpath, monitor=monitor, enable_version_counter=False, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from there, with the files that lie here."""
+        """Restore the best score, with the files in ``dirpath`` in place of the recorded ones."""
         folder = Path(str(self.dirpath))
         paths = {key: str(folder / Path(state_dict[key]).name) for key in ("best_model_path", "kth_best_model_path")}
         scores = {str(folder / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
-        if Path(paths["best_model_path"]).is_file():  # else it is of the run whose checkpoint this one takes up
+        if Path(paths["best_model_path"]).is_file():  # else the checkpoint is of another run (ckpt_path)
             super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})
 
 
 class WeightAverage(Callback):
     """Exponential moving average of the network, buffers included, updated after every step and kept in checkpoints.
 
-    Departs from Lightning's ``EMAWeightAveraging``, which validates the average in place of the weights and leaves it
-    in the checkpoint under their name: here the weights stay the result, and the average is reported beside them.
+    Departs from Lightning's ``EMAWeightAveraging``, which validates the average in place of the weights and stores it
+    under their name. Here the weights stay the result, and the average is reported beside them.
 
     Args:
-        decay: weight of the old average in each step, in (0, 1). The first step copies.
+        decay: weight of the old average in each update, in (0, 1). The first update copies the network.
     """
 
     def __init__(self, decay: float) -> None:
@@ -474,13 +481,13 @@ class WeightAverage(Callback):
         return self._average.module.state_dict()
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Make a place for the average, before a checkpoint fills it."""
+        """Create the average, into which a checkpoint may then be loaded."""
         if stage == "fit":
             average = get_ema_multi_avg_fn(self.decay)
             self._average = AveragedModel(pl_module.segmenter.network, multi_avg_fn=average, use_buffers=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The average lives where the network does."""
+        """Move the average to the network's device."""
         self._average.to(pl_module.device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -495,17 +502,17 @@ class WeightAverage(Callback):
 
 
 class PredictionPanel(Callback):
-    """After every validation, gives images and the table of classes to the loggers that can show them.
+    """After every validation, sends predictions and scores by class to the loggers that can show them.
 
-    W&B gets images with two masks, "prediction" and "truth", to be switched on and off by class; TensorBoard gets
-    image, truth and prediction side by side. Others get nothing. Each image has a name of its own,
-    ``val/predictions/<number>``: W&B shows several under one name wrongly unless they are of one size.
+    W&B gets images with two masks, "prediction" and "truth", whose classes can be switched on and off; TensorBoard gets
+    image, truth and prediction side by side. Other loggers get nothing. Each image has a name of its own,
+    ``val/predictions/<number>``, since W&B shows images of different sizes under one name wrongly.
 
     Args:
-        images: how many, evenly over the validation split; always the same ones.
+        images: number of images, spread evenly over the validation split; always the same ones.
     """
 
-    _WIDEST = 1024  # pixels; wider images are thinned out
+    _WIDEST = 1024  # pixels; of wider images only every n-th row and column is shown
 
     def __init__(self, images: int = 4) -> None:
         self.images = images
@@ -535,12 +542,12 @@ class PredictionPanel(Callback):
 
 
 def log_scores(loggers: Sequence[Logger], prefix: str, scores: Mapping[str, Any], step: int) -> None:
-    """Give the table of classes to the loggers that can show it, as ``<prefix>/classes``.
+    """Send a table of the scores by class, ``<prefix>/classes``, to the loggers that can show it.
 
     Args:
-        loggers: of any kind.
-        prefix: which evaluation, as ``val/ss``.
-        scores: ``SegmentationScores.to_dict()``.
+        loggers: loggers of any kind; those other than W&B and TensorBoard get nothing.
+        prefix: name of the evaluation, such as ``val/ss``.
+        scores: as :meth:`bisenet.metrics.SegmentationScores.to_dict` returns them.
         step: optimisation steps done.
     """
     columns = ["iou", "precision", "recall", "f1", "pixels"]
@@ -555,14 +562,14 @@ def log_scores(loggers: Sequence[Logger], prefix: str, scores: Mapping[str, Any]
 class MetricsFile(Logger):
     """Writes ``metrics.csv``: one row for each step at which anything was logged, in the order of the steps.
 
-    A row is appended once its step is over or saved. For a new column, and where a run is resumed, the file is written
-    anew and replaced: its rows before the first step that is logged again stay. Lightning's CSVLogger deletes the file.
+    A row is appended when its step is over or saved. For a new column, and when a run is resumed, the whole file is
+    replaced; rows from the first step that is logged again onward are dropped. Lightning's CSVLogger deletes the file.
 
     Args:
         path: the file.
     """
 
-    name = version = ""  # type: ignore[assignment]  # Lightning asks
+    name = version = ""  # type: ignore[assignment]  # Lightning requires both
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
@@ -573,7 +580,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: they lie beside the file."""
+        """Write nothing: ``.hydra/config.yaml`` holds the hyperparameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -581,11 +588,11 @@ class MetricsFile(Logger):
         if step != self._row.get("step"):
             self.flush()
             self._row = {"step": step}
-        self._row.update({key: value for key, value in metrics.items() if key != "epoch"})  # we count in steps
+        self._row.update({key: value for key, value in metrics.items() if key != "epoch"})  # rows are counted in steps
 
     @rank_zero_only
     def flush(self) -> None:
-        """Write the row, to the disk itself."""
+        """Write the current row and sync the file to disk."""
         row, before = dict(self._row), self._written
         if row == before:
             return

@@ -1,15 +1,15 @@
-"""Sweeps: the jobs of one multirun in one folder, which the same command continues after whatever stopped it.
+"""Sweeps: the jobs of one multirun share a folder, and the same command continues them after any interruption.
 
 ::
 
     outputs/sweeps/<sweep.name>/
-      sweep.yaml                      what all jobs share, and the folders of the jobs
+      sweep.yaml                      the configuration that all jobs share, and the names of the jobs' folders
       <swept key>=<value>,.../        run directories
       summary.json summary.md summary.png
 
-A job is known by the values that are swept; all else is the same in all jobs and may not change while the folder is in
-use. What is needed comes in through a Hydra callback, so that any launcher works. The summary is written when the
-command ends, however it ends: Hydra 1.3 forgets ``on_multirun_end`` when a job has failed.
+A job's folder is named after its swept values; all other values are the same in all jobs, and a later command for the
+folder may not change them. A Hydra callback prepares the sweep, so that any launcher works. The command itself writes
+the summary when it ends, because Hydra 1.3 does not call ``on_multirun_end`` when a job has failed.
 """
 
 import glob
@@ -42,44 +42,44 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FILE = "sweep.yaml"
-_HARMLESS = {*PRACTICAL, "resume", "sweep"}  # what may differ between two commands for one job, unless it is swept
-_SEEDS = ("seed", "init_seed", "data_seed", "repeat")  # a job is always known by them, so that others can be added
-_LISTS = ("without", "protocol", "callbacks", "logger")  # option groups of which several are chosen at once
+_HARMLESS = {*PRACTICAL, "resume", "sweep"}  # may differ between two commands for one job, unless swept
+_SEEDS = ("seed", "init_seed", "data_seed", "repeat")  # always in a job's name, so that seeds can be added later
+_LISTS = ("without", "protocol", "callbacks", "logger")  # groups of which several options are chosen at once
 
 
 class SweepCallback(Callback):
-    """Names the folders of a multirun, and says which job failed and why."""
+    """Names the folders of a multirun, and logs which job failed and why."""
 
     folder: ClassVar[Path | None] = None
-    """Of the multirun that this process has started."""
+    """Folder of the multirun that this process has started; None: it has started none."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Fix the sweep's folder and its jobs before any of them runs."""
         try:
             SweepCallback.folder = _begin(config)
-        except Exception as error:  # Hydra would make a warning of it and go on
+        except Exception as error:  # which Hydra would turn into a warning
             raise SystemExit(f"{type(error).__name__}: {error}") from error
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Log the failure of a job: Hydra raises the first one only, when all have ended."""
+        """Log the failure of a job at once: Hydra raises only the first failure, after all jobs have ended."""
         if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
             try:
                 _ = job_return.return_value
             except Exception as error:
-                known = isinstance(error, ValueError | OSError)  # says all that there is to say
+                known = isinstance(error, ValueError | OSError)  # the message is enough, without a traceback
                 log.error("job %s failed: %s", config.hydra.job.override_dirname or "run", error, exc_info=not known)
 
 
 def is_job() -> bool:
-    """Whether this runs as a job of a multirun."""
+    """Whether this process runs a job of a multirun."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def job(cfg: DictConfig) -> DictConfig | None:
-    """The configuration with which a job of a multirun continues in its folder; None: it is finished.
+    """The configuration of a job of a multirun, set to resume in its folder; None if the job is finished.
 
     Raises:
-        ValueError: the folder holds a job that was begun with another configuration.
+        ValueError: ``resume`` names a run, or the folder holds a job that was begun with another configuration.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume not in (None, "auto"):
@@ -99,15 +99,15 @@ def require_own_configuration(cfg: DictConfig) -> None:
 
 
 def job_dir(override_dirname: str) -> str:
-    """Folder of a job within its sweep, from Hydra's ``key=value,key=[a,b]``; another one for other overrides.
+    """A job's folder within its sweep, from Hydra's ``key=value,key=[a,b]``; other overrides give another name.
 
-    Lists of options lose their brackets, which globs read. Where other characters had to go, or the name was too long,
-    a digest keeps names apart.
+    ``[a,b]`` of an option group becomes ``a+b``, since brackets mean something in globs. Where other characters were
+    replaced, or the name was too long, the name ends with a digest of the overrides.
     """
     lists = rf"(?<![^,])({'|'.join(_LISTS)})=\[([\w.,/-]*)\]"
     plain = re.sub(lists, lambda found: f"{found[1]}={found[2].replace(',', '+') or 'nothing'}", override_dirname)
     name = re.sub(r"[^\w=.,+-]", "-", plain)
-    if name != plain or len(name) > 200 or re.search("-[0-9a-f]{8}$", name):  # file systems end at 255
+    if name != plain or len(name) > 200 or re.search("-[0-9a-f]{8}$", name):  # names in file systems end at 255 bytes
         name = f"{name[:190]}-{sha256(override_dirname.encode()).hexdigest()[:8]}"
     return name or "run"
 
@@ -116,7 +116,7 @@ OmegaConf.register_new_resolver("job_dir", job_dir, use_cache=True, replace=True
 
 
 def summarize(folder: Path) -> None:
-    """Show the table of a multirun, and write its summary into the folder, over that of an earlier command."""
+    """Print the table of a multirun, and write its summary into its folder, replacing an earlier one."""
     from bisenet import compare
 
     runs, missing = read_runs([str(folder)])
@@ -126,7 +126,7 @@ def summarize(folder: Path) -> None:
     compare.write(summary, folder)
     log.info("summary: %s", folder / "summary.md")
     stored = _plain(_load(folder / _FILE).config) if (folder / _FILE).exists() else {}
-    if node := OmegaConf.select(OmegaConf.create(stored), "logger.wandb"):  # which interpolates into the whole
+    if node := OmegaConf.select(OmegaConf.create(stored), "logger.wandb"):  # it refers to other keys
         node.update(save_dir=str(folder), name="summary", job_type="summary", tags=["summary"])
         logger = hydra.utils.instantiate(node, _convert_="all")
         for section in compare.sections(summary):
@@ -141,7 +141,14 @@ def summarize(folder: Path) -> None:
 
 
 def _begin(cfg: DictConfig) -> Path:
-    """Name folder and jobs in the configuration from which Hydra makes the jobs; record both."""
+    """Set the names of the sweep and its jobs in the configuration that Hydra is about to use, and write sweep.yaml.
+
+    Returns:
+        The sweep's folder.
+
+    Raises:
+        ValueError: a name that cannot be a folder's, or the folder was begun with another configuration.
+    """
     node = cfg.hydra
     with open_dict(cfg):
         node.overrides.task = [_repetitions(override) for override in node.overrides.task]
@@ -157,12 +164,12 @@ def _begin(cfg: DictConfig) -> Path:
         if not re.fullmatch(r"\w[\w.,=+-]*", cfg.sweep.name):
             raise ValueError(f"sweep.name: got {cfg.sweep.name!r}, accepted: letters, digits and . , = + - _")
         node.overrides.hydra += [
-            f"sweep.name={cfg.sweep.name}",  # some names depend on what is swept
+            f"sweep.name={cfg.sweep.name}",  # the default name depends on the sweep
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'sweep.name'])}]",
         ]
     folder = Path(node.sweep.dir)
     shared = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    begun = (folder / _FILE).exists() and any(folder.glob("*/provenance.json"))  # else all failed before they trained
+    begun = (folder / _FILE).exists() and any(folder.glob("*/provenance.json"))  # else no job has trained yet
     if begun:
         _require_same(folder, _load(folder / _FILE).config, shared, {*_HARMLESS, *_SEEDS})
     values = [_values(override) for key, override in overrides.items() if key not in fixed]
@@ -170,7 +177,7 @@ def _begin(cfg: DictConfig) -> Path:
     before = [name for name in _jobs(folder / _FILE) if (folder / name).is_dir()] if begun else []  # no mistyped ones
     content = {"jobs": list(dict.fromkeys([*before, *names])), "config": _plain(shared)}
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{_FILE}.{os.getpid()}"
+    draft = folder / f".{_FILE}.{os.getpid()}"  # several commands may begin one sweep at the same time
     OmegaConf.save(OmegaConf.create(content), draft)
     os.replace(draft, folder / _FILE)
     return folder
@@ -185,20 +192,20 @@ def _repetitions(override: str) -> str:
 
 
 def _values(override: Override) -> list[str]:
-    """An override as the jobs get it, one for each of its values."""
+    """The overrides ``key=value`` that the jobs get from one override, one for each of its values."""
     several = override.is_sweep_override()
     values = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
     return [f"{override.get_key_element()}={value}" for value in values]
 
 
 def _jobs(file: Path) -> list[str]:
-    """Folders of the jobs that a multirun has planned; empty where there was none."""
+    """Names of the jobs' folders in a ``sweep.yaml``; empty if there is no such file."""
     return list(_load(file).jobs) if file.exists() else []
 
 
 def swept(node: Any) -> dict[str, str]:
-    """The overrides that a job is known by, key -> override, from its ``hydra`` node; of a single run: none."""
-    several = "MULTIRUN" in str(node.mode)  # an enumeration, or as text in a file
+    """Key -> override of the swept values in a job's ``hydra`` node; empty for a single run."""
+    several = "MULTIRUN" in str(node.mode)  # an enumeration, or text when read from a file
     fixed = node.job.config.override_dirname.exclude_keys
     return {_key(override): override for override in node.overrides.task if several and _key(override) not in fixed}
 
@@ -223,19 +230,19 @@ def _load(file: Path) -> Any:
 
 
 def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[list[Run], dict[str, str]]":
-    """The training runs in folders, and which group each belongs to.
+    """Find training runs, and the group that each belongs to.
 
     Args:
         paths: run directories, folders that hold some at any depth, and globs of either.
-        by: what groups them: names of option groups and keys of the configuration; None: what was overridden and
-            differs, but for seeds and what cannot change a result.
+        by: what the runs are grouped by: names of option groups and keys of the configuration. None: the overridden
+            keys whose values differ between runs, without seeds and keys that cannot change a result.
 
     Returns:
-        The finished runs, and name -> what is wrong for those that are not, or were planned and never begun.
+        The finished runs, and name -> reason for the runs that are unfinished, damaged, or planned and never begun.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a key that no run has, or that holds no single value.
+        FileNotFoundError: there is no run.
+        ValueError: a key of ``by`` that some run lacks, or that holds no single value.
     """
     from bisenet.compare import Run
 
@@ -248,7 +255,7 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
         for file in sorted(place.rglob(".hydra/config.yaml")):
             folder = file.parents[1]
             try:
-                if _load(file).get("model"):  # and no evaluation or comparison
+                if _load(file).get("model"):  # else it is an evaluation or a comparison
                     stored[folder] = _Stored(folder)
             except (OSError, AttributeError, TypeError, ValueError, YAMLError, OmegaConfBaseException) as error:
                 reason = (str(error).splitlines() or [""])[0]
@@ -282,7 +289,7 @@ def read_runs(paths: Sequence[str], by: Sequence[str] | None = None) -> "tuple[l
 
 
 class _Stored:
-    """What Hydra wrote beside a run."""
+    """The configuration, options and overrides that Hydra recorded in ``.hydra`` of a run."""
 
     def __init__(self, folder: Path) -> None:
         self.config: Any = _load(folder / ".hydra" / "config.yaml")
@@ -292,12 +299,12 @@ class _Stored:
         self.overrides = {_key(override): override.partition("=")[2] for override in node.overrides.task}
 
     def text(self, key: str) -> str:
-        """As :meth:`value`; where there is none, what an override said."""
+        """As :meth:`value`; where that is None, the text of the override, else ``nothing``."""
         return self.value(key) or self.overrides.get(key, "nothing")
 
     def value(self, key: str) -> str | None:
-        """An option, several as ``a+b``, or a value of the configuration, as text; None: it is neither."""
-        if key in _LISTS:  # Hydra records the choice of a group only where it is a single one
+        """The option of a group (several as ``a+b``), or a value of the configuration; None: the key is neither."""
+        if key in _LISTS:  # Hydra records the choice of a group only where it is a single option
             chosen = list(self.config.get(key) or re.findall(r"[^][,\s]+", self.overrides.get(key, "")))
             return "+".join(sorted(chosen) if key == "without" else chosen) or "nothing"
         if key in self.choices:
@@ -307,8 +314,9 @@ class _Stored:
 
 
 def _varied(stored: Sequence[_Stored]) -> list[str]:
-    """Keys that some run has overridden and that have different values in the end."""
-    ignored = {*_SEEDS, *_HARMLESS.difference(["data.root"], *(one.swept for one in stored))}  # folds may lie apart
+    """Overridden keys whose final values differ between runs; without any, ``name`` if the runs' names differ."""
+    harmless = _HARMLESS.difference(["data.root"], *(one.swept for one in stored))  # each fold may have its own root
+    ignored = {*_SEEDS, *harmless}
     asked = dict.fromkeys(key for one in stored for key in one.overrides if not within(key, ignored))
     varied = [key for key in asked if len({one.text(key) for one in stored}) > 1]
     return varied or (["name"] if len({one.value("name") for one in stored}) > 1 else [])

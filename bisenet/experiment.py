@@ -1,4 +1,4 @@
-"""The one composition root: builds what a configuration says, trains, evaluates, and writes the run directory."""
+"""The composition root: builds all objects of a configuration, trains, evaluates, and writes the run directory."""
 
 import inspect
 import json
@@ -42,16 +42,21 @@ log = logging.getLogger(__name__)
 
 
 def build(cfg: DictConfig, key: str, **passed: Any) -> Any:
-    """Build the node at a key, with what only the code has.
+    """Build the node of the configuration at a key.
+
+    Args:
+        cfg: the configuration.
+        key: dotted.
+        passed: arguments of the constructor that no configuration holds.
 
     Raises:
-        ValueError: what the constructor refuses; the message begins with the key.
+        ValueError: the constructor refuses an argument, or there is no node; the message begins with the key.
     """
     return _build(OmegaConf.select(cfg, key), key, passed)
 
 
 def build_all(cfg: DictConfig, key: str) -> dict[str, Any]:
-    """Build the nodes by name that a key holds; as :func:`build`."""
+    """Build the named nodes below a key, each as :func:`build` does: name -> object."""
     nodes = OmegaConf.select(cfg, key) or {}
     if not isinstance(nodes, Mapping):
         raise ValueError(f"{key}: got {nodes}, accepted: nodes by name")
@@ -72,10 +77,10 @@ def _build(node: Any, key: str, passed: dict[str, Any]) -> Any:
 
 @contextmanager
 def naming(key: str) -> Iterator[None]:
-    """What is refused within is refused, in one line, as the value of a key of the configuration."""
+    """Turn an error within into a one-line ValueError that begins with a key of the configuration."""
     try:
         yield
-    except OSError:  # names its file
+    except OSError:  # its message names the file
         raise
     except Exception as error:
         inner = re.search(r"full_key: (\S+)", str(error))
@@ -83,7 +88,7 @@ def naming(key: str) -> Iterator[None]:
         message = re.sub(r" full_key: \S+", "", " ".join(str(cause).split()))
         if not isinstance(cause, ValueError | InstantiationException):
             message = f"{type(cause).__name__}: {message}"
-        join = "." if re.match(r"[a-z_]+(\.[a-z_]+)?: ", message) else ": "  # a constructor names its argument
+        join = "." if re.match(r"[a-z_]+(\.[a-z_]+)?: ", message) else ": "  # the constructor has named its argument
         raise ValueError(f"{inner[1] if inner else key}{join}{message}") from error
 
 
@@ -94,7 +99,7 @@ def build_data(cfg: DictConfig) -> SegmentationDataModule:
 
 def build_segmenter(cfg: DictConfig, data: SegmentationDataModule) -> Segmenter:
     """Network, normalisation and protocols; the initial weights depend on ``init_seed`` alone."""
-    with torch.random.fork_rng(devices=[]):  # networks are built on the CPU; the caller's generators are not ours
+    with torch.random.fork_rng(devices=[]):  # on the CPU, where networks are built; leave the caller's alone
         torch.manual_seed(cfg.init_seed)
         network = build(cfg, "model.network", n_classes=data.table.num_classes)
     if missing := [name for name in ("head_names", "align_corners") if not hasattr(network, name)]:
@@ -111,7 +116,7 @@ def build_module(cfg: DictConfig, data: SegmentationDataModule, segmenter: Segme
     weights = OmegaConf.select(cfg, "loss.criterion.class_weights")
     classes = data.table.num_classes
     if weights == "enet":
-        cfg.loss.criterion.class_weights = [1.0] * classes  # until the labels have been counted
+        cfg.loss.criterion.class_weights = [1.0] * classes  # replaced once the labels have been counted
     elif weights is not None and (not isinstance(weights, Sequence) or len(weights) != classes):
         raise ValueError(f"loss.criterion.class_weights: got {weights}, accepted: one for each of {classes} classes")
     rules = build_all(cfg, "parameter_groups")
@@ -120,13 +125,14 @@ def build_module(cfg: DictConfig, data: SegmentationDataModule, segmenter: Segme
         with naming("parameter_groups"):
             groups = parameter_groups(network, rules, cfg.optimizer.lr, cfg.optimizer.get("weight_decay", 0.0))
         takes_fused = "fused" in inspect.signature(get_method(cfg.optimizer["_target_"])).parameters
-        # Fused, a step in fp16 does not wait for the GPU; Lightning clips no gradients that such an optimizer unscales.
+        # A fused optimizer unscales fp16 gradients itself, so that the step does not wait for the GPU. Lightning
+        # cannot clip such gradients.
         fused = groups[0]["params"][0].is_cuda and takes_fused and cfg.trainer.gradient_clip_val is None
         given = {"fused": True} if fused and not {"fused", "foreach", "differentiable"} & cfg.optimizer.keys() else {}
         built = build(cfg, "optimizer", params=groups, **given)
         return built, build(cfg, "scheduler", optimizer=built)
 
-    for group in optimizer(segmenter.network)[0].param_groups:  # once before, so that mistakes need no data
+    for group in optimizer(segmenter.network)[0].param_groups:  # a trial, which finds mistakes before data is read
         size = sum(parameter.numel() for parameter in group["params"])
         log.info("parameter group %s: %d tensors, %s parameters, lr %g, weight decay %g", group["name"],
                  len(group["params"]), f"{size:,}", group["lr"], group["weight_decay"])  # fmt: skip
@@ -135,9 +141,12 @@ def build_module(cfg: DictConfig, data: SegmentationDataModule, segmenter: Segme
 
 
 def build_trainer(cfg: DictConfig, last: Path | None, *ours: Callback) -> Trainer:
-    """Lightning's Trainer with its callbacks and loggers, and callbacks that are no option.
+    """Lightning's Trainer with callbacks and loggers.
 
-    A checkpoint is what the run continues from.
+    Args:
+        cfg: the configuration.
+        last: checkpoint that the run continues from; None: it begins.
+        ours: callbacks beside those of the configuration.
     """
     callbacks = [*ours, *build_all(cfg, "callbacks").values()]
     for node in cfg.logger.values():
@@ -148,7 +157,7 @@ def build_trainer(cfg: DictConfig, last: Path | None, *ours: Callback) -> Traine
         cfg.trainer.sync_batchnorm = False
     passed: dict[str, Any] = {"num_sanity_val_steps": 0} if last else {}
     bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-    loggers = list(build_all(cfg, "logger").values()) or [DummyLogger()]  # callbacks may ask for one
+    loggers = list(build_all(cfg, "logger").values()) or [DummyLogger()]  # callbacks may read trainer.logger
     return build(
         cfg,
         "trainer",
@@ -161,12 +170,12 @@ def build_trainer(cfg: DictConfig, last: Path | None, *ours: Callback) -> Traine
 
 
 def cluster() -> ClusterEnvironment:
-    """What says which process this is; never Slurm's variables, under which Lightning requeues a job by itself."""
+    """Ranks from torchrun's variables, if there are any; never Slurm's, with which Lightning would requeue the job."""
     return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else LightningEnvironment()
 
 
 def require_enough_images(cfg: DictConfig, network: nn.Module, processes: int) -> None:
-    """Raise a ValueError if a network is to learn from one image at a time that cannot (batch norm)."""
+    """Raise a ValueError if each batch is a single image, and the network cannot train on one (batch norm)."""
     parts = cfg.trainer.accumulate_grad_batches * processes
     if cfg.data.batch_size == parts and not cfg.trainer.sync_batchnorm:
         with naming("data.batch_size"), torch.no_grad():
@@ -174,7 +183,7 @@ def require_enough_images(cfg: DictConfig, network: nn.Module, processes: int) -
 
 
 def load_weights(cfg: DictConfig, network: nn.Module) -> None:
-    """Give a new training the weights that it starts from, or log that it starts from scratch."""
+    """Load the weights that a new training starts from, or log that it starts from scratch."""
     model = cfg.model
     if model.pretrained is None:
         log.info("pretrained weights: none, the network starts from scratch")
@@ -187,11 +196,11 @@ def load_weights(cfg: DictConfig, network: nn.Module) -> None:
 
 
 def choose_layout(cfg: DictConfig, last: str | Path | None, network: nn.Module) -> None:
-    """Put a network's weights into the memory layout of its training. ``auto`` becomes true or false in ``cfg``.
+    """Put a network's weights into the memory layout of the training. ``auto`` becomes true or false in ``cfg``.
 
-    A checkpoint that is continued has the last word, since another layout rounds otherwise. Else it is channels_last on
-    a GPU in half precision, whose kernels want it, and on a CPU with AVX-512: a rule, because a stopwatch would not
-    choose the same for the same command.
+    ``auto`` keeps the layout of a checkpoint that is continued, since another layout rounds differently. Otherwise it
+    means channels_last on a GPU in half precision and on a CPU with AVX-512. It follows this rule rather than a timing,
+    which could choose differently for the same command.
     """
     if cfg.channels_last == "auto":
         if last:
@@ -214,17 +223,17 @@ def train(config: dict[str, Any] | DictConfig) -> dict[str, Any]:
     """Train, evaluate the last weights and the best on val, and write the run directory.
 
     Args:
-        config: what ``conf/train.yaml`` composes. ``run_dir`` is where everything goes; where ``resume`` is set, the
-            run continues from its last checkpoint there.
+        config: as ``conf/train.yaml`` composes it. All files are written to ``run_dir``; if ``resume`` is set, the run
+            continues from its last checkpoint there.
 
     Returns:
-        What ``results.json`` holds.
+        The content of ``results.json``.
 
     Raises:
         ValueError: configuration or data cannot work; raised before the first step.
         FloatingPointError: the loss became infinite or not a number.
     """
-    plain: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # resolvers may give lists
+    plain: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # also lists that resolvers return
     cfg: Any = OmegaConf.create(plain)
     run_dir = Path(cfg.run_dir)
     if cfg.resume is not None and (results := read_results(run_dir)) is not None:
@@ -250,7 +259,7 @@ def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any
     module = build_module(cfg, data, segmenter)
     if last:
         require_same_training(last, module)
-    elif cfg.ckpt_path is not None:  # which brings these along, whatever the configuration says
+    elif cfg.ckpt_path is not None:  # its optimizer state replaces what the configuration says
         require_same_training(Path(cfg.ckpt_path), module, ["optimizer", "scheduler", "parameter_groups"])
     trainer = build_trainer(cfg, last, ending)
     require_enough_images(cfg, segmenter.network, trainer.world_size)
@@ -259,7 +268,7 @@ def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any
         (run_dir / "results.json").unlink()
     if cfg.resume is not None and last is None and (run_dir / "provenance.json").exists():
         log.warning("%s has no checkpoint yet: the run begins again", run_dir)
-    if trainer.is_global_zero and last is None:  # the others are given what it has: weights by DDP, buffers by module
+    if trainer.is_global_zero and last is None:  # DDP and the module send weights and buffers to the other processes
         load_weights(cfg, segmenter.network)
         data.prepare_data()
         data.setup()
@@ -281,13 +290,14 @@ def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any
     results = {
         "name": cfg.name,
         "step": trainer.global_step,
-        "train_seconds": round(time.perf_counter() - started, 1),  # since the last start of a run that was resumed
+        "train_seconds": round(time.perf_counter() - started, 1),  # of a resumed run, since its last start
     }
     results |= score(trainer, module, data, data.report_split, run_dir)
-    results |= score_other_weights(trainer, module, data, results, run_dir / "checkpoints" / "ema.ckpt")
+    others = score_other_weights(trainer, module, data, results, run_dir / "checkpoints" / "ema.ckpt")
+    results |= others
     if trainer.is_global_zero:
-        for stage in ("last", "best_on_val", "ema"):
-            for name, scores in (results if stage == "last" else results.get(stage, {})).get("protocols", {}).items():
+        for stage, found in {"last": results, **others}.items():
+            for name, scores in found["protocols"].items():
                 log_scores(trainer.loggers, f"final/{stage}/{results['split']}/{name}", scores, results["step"])
         report.write_results(results, run_dir)
         log.info("figures: %s", run_dir / "figures")
@@ -295,7 +305,13 @@ def _train(cfg: DictConfig, run_dir: Path, ending: EndOnSignal) -> dict[str, Any
 
 
 def require_same_training(file: Path, module: SegmentationModule, nodes: Sequence[str] = ()) -> None:
-    """Raise a ValueError if a checkpoint's configuration, or some nodes of it, are not those of a module."""
+    """Raise a ValueError if a checkpoint was written under another configuration than a module's.
+
+    Args:
+        file: the checkpoint.
+        module: the module, whose hyperparameters are its configuration.
+        nodes: compare only these nodes of the configuration; empty: compare all of it.
+    """
     written, now = checkpoint.read(file).hyper_parameters, dict(module.hparams)
     there, here = (json.dumps(str(config.get("run_dir"))).strip('"') for config in (written, now))
     before = json.loads(json.dumps(written).replace(there, here))  # the directory may have been moved
@@ -307,7 +323,7 @@ def require_same_training(file: Path, module: SegmentationModule, nodes: Sequenc
 
 @contextmanager
 def ending_wandb() -> Iterator[None]:
-    """End the W&B run that was begun within, as failed where an exception passes: jobs of a sweep share a process."""
+    """End the W&B run that was begun within, as failed after an exception; jobs of a sweep share one process."""
     code = 1
     try:
         yield
@@ -321,10 +337,13 @@ def ending_wandb() -> Iterator[None]:
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate a checkpoint as its training did, but for what ``conf/evaluate.yaml`` sets otherwise.
+    """Evaluate a checkpoint on the data and with the protocols of its training, unless the configuration names others.
+
+    Args:
+        cfg: as ``conf/evaluate.yaml`` composes it.
 
     Returns:
-        What ``results.json`` holds.
+        The content of ``results.json``.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -356,7 +375,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     segmenter.precision = "bf16" if precision == "fp16" and not on_gpu else precision
     split = cfg.split or data.report_split
     run_dir = Path(cfg.run_dir)
-    report.write_json(run_dir / "provenance.json", report.provenance({}))  # before: the code may be edited meanwhile
+    report.write_json(run_dir / "provenance.json", report.provenance({}))  # first: the code may change meanwhile
     results = {"name": read.hyper_parameters.get("name", read.path.stem), "step": read.step}
     results |= {"checkpoint": str(read.path), **score(trainer, SegmentationModule(segmenter), data, split, run_dir)}
     if isinstance(read, checkpoint.ExportedCheckpoint):
@@ -378,16 +397,20 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def data_of(cfg: DictConfig, read: checkpoint.Checkpoint, given: Any) -> SegmentationDataModule:
-    """The data set that is given, else that of the training; ``cfg`` may move it.
+    """The data set of an evaluation.
 
-    The training's cache is not taken over: no file decides where something is written.
+    Args:
+        cfg: ``data_root``, ``workers``, ``cache`` and ``cache_root`` replace values of the node.
+        read: the checkpoint, whose data set is used if none is given.
+        given: node of a data set, or None. The cache in a checkpoint's node is ignored: no file decides where
+            something is written.
     """
     node: Any = given or {k: v for k, v in read.data_node().items() if k not in ("cache", "cache_root")}
     names = {"root": "data_root", "workers": "workers", "cache": "cache", "cache_root": "cache_root"}
     cfg.data = node | {key: cfg[name] for key, name in names.items() if cfg.get(name) is not None}
     if given:
         return build(cfg, "data", augment=[], seed=0)
-    node = OmegaConf.to_container(cfg.data)  # from a file
+    node = OmegaConf.to_container(cfg.data)  # from a checkpoint, whose classes are not trusted
     dataset = partial(checkpoint.build, node.pop("dataset"), list(cfg.trust), checkpoint.DATASETS)
     known = inspect.signature(SegmentationDataModule).parameters
     kept: Any = {key: value for key, value in node.items() if key in known}
@@ -400,7 +423,11 @@ def data_of(cfg: DictConfig, read: checkpoint.Checkpoint, given: Any) -> Segment
 def score(
     trainer: Trainer, module: SegmentationModule, data: SegmentationDataModule, split: str, folder: Path
 ) -> dict[str, Any]:
-    """Evaluate on a split, unless the last validation just did; write figures and per-image counts."""
+    """Evaluate on a split, unless the last validation has just done so; write figures and counts by image.
+
+    Returns:
+        What ``results.json`` says of one set of weights: split, scores by protocol, precision, device and seconds.
+    """
     started = time.perf_counter()
     validated = split == data.val_split and module.validated_step == trainer.global_step
     if not (validated and len(module.protocols) == 1):
@@ -409,7 +436,7 @@ def score(
     protocols = protocol_scores(module)
     device = trainer.strategy.root_device
     if trainer.is_global_zero:
-        module.to(device)  # Lightning has brought it back to the CPU
+        module.to(device)  # Lightning has moved it to the CPU
         illustrate(module, protocols, data, split, folder)
         module.cpu()
     first = next(iter(protocols))
@@ -427,7 +454,7 @@ def score(
 def illustrate(
     module: SegmentationModule, protocols: dict[str, Any], data: SegmentationDataModule, split: str, folder: Path
 ) -> None:
-    """Figures of an evaluation, and its counts by image."""
+    """Write the figures of an evaluation and its counts by image to a folder."""
     segmenter, classes, figures = module.segmenter, module.segmenter.classes, folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     if (folder / "metrics.csv").exists():
@@ -442,12 +469,12 @@ def illustrate(
 
 
 def protocol_scores(module: SegmentationModule) -> dict[str, Any]:
-    """The last evaluation in plain values, by protocol."""
+    """Protocol -> scores, seconds and definition of the last evaluation, in plain values."""
     classes = module.segmenter.classes
     return {
         name: {
             **scores.to_dict(classes.names, classes.categories),
-            "seconds": round(seconds, 3),  # of prediction; what protocols share is charged to each
+            "seconds": round(seconds, 3),  # of prediction; work that protocols share counts for each
             "definition": asdict(module.segmenter.protocols[name]),
         }
         for name, (scores, seconds) in module.evaluation.items()
@@ -457,7 +484,16 @@ def protocol_scores(module: SegmentationModule) -> dict[str, Any]:
 def score_other_weights(
     trainer: Trainer, module: SegmentationModule, data: SegmentationDataModule, last: dict[str, Any], ema_file: Path
 ) -> dict[str, Any]:
-    """Scores of the checkpoint that was best on the validation split, and of the averaged weights, where they exist."""
+    """Score the checkpoint that was best on the validation split, and the averaged weights, if they exist.
+
+    Args:
+        trainer, module, data: of the training; the module's weights are replaced.
+        last: results of the last weights.
+        ema_file: where the averaged weights are written as a checkpoint.
+
+    Returns:
+        ``best_on_val`` and ``ema``, each with ``protocols`` and where the weights come from.
+    """
 
     def protocols(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         module.segmenter.network.load_state_dict(weights)
@@ -478,7 +514,7 @@ def score_other_weights(
 
 
 def quiet() -> None:
-    """Leave the terminal to what matters: Lightning's warnings once (Hydra prints them), none for what is meant so."""
+    """Print Lightning's warnings once (by Hydra), log below warnings in the first process only, drop known warnings."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
@@ -491,7 +527,7 @@ def quiet() -> None:
         r"Checkpoint directory .* exists and is not empty",
         r"The '.*_dataloader' does not have many workers",
         r"Found .* module\(s\) in eval mode",
-        r"`broadcast_buffers` is deprecated",  # what takes its place is not in torch 2.11
+        r"`broadcast_buffers` is deprecated",  # torch 2.11 lacks the replacement
         r"It is recommended to use `self.log\(.*, sync_dist=True\)`",  # all devices have the same score
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -1,7 +1,7 @@
-"""The command ``bisenet``: composition by Hydra, answers to mistakes, and what each subcommand calls.
+"""The command ``bisenet``: Hydra composes the configuration, mistakes get a one-line answer, subcommands do the work.
 
-Composition knows every key, since all of them stand in ``conf/``: a misspelt one is answered at once, before torch is
-imported. A wrong value is answered by the constructor that takes it.
+Every key stands in ``conf/``, so composition finds a misspelt key at once, before torch is imported. A wrong value is
+refused by the constructor that takes it.
 """
 
 import atexit
@@ -69,20 +69,26 @@ RENAMED = {
     "evaluation.split": "data.report_split (of `bisenet evaluate`: split)",
     "evaluation.max_pixels_per_batch": "max_pixels_per_batch",
 }
-"""Keys of earlier versions -> what says the same now."""
+"""Key of an earlier version -> its replacement."""
 
 
 # ---------------------------------------------------------------- resolvers
 
 
 def config_subdir(resume: str | None, run_dir: str) -> str | None:
-    """Hydra's folder within the run. Evaluated before Hydra writes there: what a run has recorded stays as it was."""
+    """The folder within the run where Hydra records the configuration; None: Hydra records nothing.
+
+    It is chosen before Hydra writes, so that the records of an earlier start of the run are not overwritten.
+
+    Raises:
+        ValueError: the directory holds a run, and ``resume`` is not set.
+    """
     folder = Path(run_dir)
-    if (rank := os.environ.get("RANK", "0")) != "0":  # torchrun, started by the user: the other processes of this run
+    if (rank := os.environ.get("RANK", "0")) != "0":  # the user started torchrun, and this is not its first process
         return f".hydra/rank_{rank}"
     begun = (folder / ".hydra" / "config.yaml").exists() and any(
         path.name not in (".hydra", ".lock") and path.suffix != ".log" for path in folder.iterdir()
-    )  # else a mistake was found before anything was written
+    )  # a command that was refused leaves only these files
     if begun and resume is None:
         raise ValueError(f"hydra.run.dir: got {run_dir}, which holds a run already; accepted: another directory")
     if (folder / "results.json").exists():
@@ -92,17 +98,17 @@ def config_subdir(resume: str | None, run_dir: str) -> str | None:
 
 
 def run_tags(seed: int) -> list[str]:
-    """``${run_tags:${seed}}``: the seed, and in a sweep every value that is swept; within the 64 characters of W&B."""
+    """``${run_tags:${seed}}``: tags for W&B, which are the seed and the job's swept overrides, cut at 64 characters."""
     swept = sweep.swept(HydraConfig.get()).values() if HydraConfig.initialized() else ()
     return list(dict.fromkeys(tag[:64] for tag in (f"seed={seed}", *swept)))
 
 
 def validation_miou(*, _root_: DictConfig) -> str:
-    """``${validation_miou:}``: the score that selects ``best.ckpt``, named after the first protocol."""
+    """``${validation_miou:}``: name of the score that selects ``best.ckpt``, the mIoU of the first protocol."""
     return f"val/{next(iter(_root_.protocol), '')}/miou"
 
 
-# At import, since the processes of a launcher import this module but do not call the entry.
+# Registered at import: the processes of a Hydra launcher import this module without calling an entry.
 OmegaConf.register_new_resolver("config_subdir", config_subdir, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("run_tags", run_tags, replace=True)
 OmegaConf.register_new_resolver("run_name", lambda run_dir: Path(run_dir).name, replace=True)
@@ -116,7 +122,7 @@ class RunDirectory(Callback):
     """Gives a command a directory of its own before anything is written there, and locks it until the process ends."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Claim it."""
+        """Choose, make and lock the directory."""
         try:
             _claim(config)
         except Exception as error:
@@ -124,19 +130,19 @@ class RunDirectory(Callback):
 
 
 class Refused(BaseException):
-    """Carries an error out of a Hydra callback: of an exception Hydra makes a warning, and goes on."""
+    """Carries an error out of a Hydra callback. It is no ``Exception``, which Hydra would turn into a warning."""
 
 
 def _claim(cfg: DictConfig) -> None:
     resume, name = cfg.get("resume"), cfg.get("name", "run")
     by_time = "${now" in OmegaConf.to_container(cfg.hydra.run, resolve=False)["dir"]  # type: ignore[index,call-overload]
-    if isinstance(name, bool) or not re.fullmatch(r"\w[\w+.-]*", str(name)):  # YAML reads on as true
+    if isinstance(name, bool) or not re.fullmatch(r"\w[\w+.-]*", str(name)):  # YAML reads name=on as true
         raise ValueError(f"name: got {name!r}, accepted: letters, digits, '_', '+', '-' and '.'")
     if resume not in (None, "auto"):
         if not (Path(resume) / ".hydra" / "config.yaml").is_file():
             raise ValueError(
-                f"resume: got {resume!r}, accepted: the directory of a run, outputs/<name>/<date_time>, or auto: what "
-                "hydra.run.dir holds, or null: nothing"
+                f"resume: got {resume!r}, accepted: the directory of a run (outputs/<name>/<date_time>), auto (the run "
+                "in hydra.run.dir, if there is one), or null (a new run)"
             )
         if not by_time and Path(resume).resolve() != Path(cfg.hydra.run.dir).resolve():
             raise ValueError(
@@ -149,7 +155,7 @@ def _claim(cfg: DictConfig) -> None:
             try:
                 Path(cfg.hydra.run.dir).mkdir(parents=True)
                 break
-            except FileExistsError:  # another command of the same second
+            except FileExistsError:  # of another command, started in the same second
                 cfg.hydra.run.dir = f"{folder}_{number}"
     if os.environ.get("RANK", "0") == "0":
         Path(cfg.hydra.run.dir).mkdir(parents=True, exist_ok=True)
@@ -162,9 +168,9 @@ def _claim(cfg: DictConfig) -> None:
 
 
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Decorate what a command does: compose ``conf/<config_name>.yaml`` with the command line, then call it.
+    """Decorator of a command: compose ``conf/<config_name>.yaml`` with the command line, then call the function.
 
-    What the user can mend ends with one line; ``HYDRA_FULL_ERROR=1`` shows where it was raised.
+    A mistake of the user ends the command with one line; with ``HYDRA_FULL_ERROR=1``, with the traceback.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -184,7 +190,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
 
         @functools.wraps(task)
         def job(cfg: DictConfig) -> None:
-            # A failure in a multirun is Hydra's to record; else Hydra would print more than the answer.
+            # In a multirun Hydra records the failure. A single run is answered here, before Hydra can print more.
             with nullcontext() if sweep.is_job() else answering():
                 refuse_misplaced(cfg, config_name)
                 task(cfg)
@@ -205,12 +211,12 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
 
 
 def read_command_line() -> None:
-    """Put Hydra's options before the overrides, wherever they stand, and refuse what Hydra answers without a name.
+    """Move Hydra's options in ``sys.argv`` before the overrides, and refuse two mistakes that Hydra answers badly.
 
     Raises:
-        ValueError: a key of an earlier version, or a group without an option.
+        ValueError: a key of an earlier version, or a group that is given something other than options.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows what it can
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 gets ? for what it cannot show
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     known, late = get_args_parser().parse_known_args()
@@ -230,7 +236,7 @@ def read_command_line() -> None:
 
 
 def refuse_misplaced(cfg: DictConfig, config_name: str) -> None:
-    """Raise a ValueError if something stands where nothing would find it."""
+    """Raise a ValueError for a configuration file in the wrong package, or a setting of Hydra that runs rely on."""
     node = HydraConfig.get()
     for group in {"experiment", "debug", "without", "precision", "strategy"} & cfg.keys():
         package = "trainer" if group in ("precision", "strategy") else "_global_"
@@ -246,7 +252,7 @@ def refuse_misplaced(cfg: DictConfig, config_name: str) -> None:
 
 
 def explain(error: Exception, config_name: str) -> str:
-    """One line about what a user can mend; empty for all other errors."""
+    """One line about a mistake that the user can mend; empty for any other error."""
     lost = re.search(r"DataLoader worker \(pid.*|.*/torch_.*|.*process pool was terminated.*", str(error))
     if lost and isinstance(error, RuntimeError | OSError):
         likely = "most likely memory is full, or /dev/shm (see df -h /dev/shm, docker run --shm-size)"
@@ -256,15 +262,15 @@ def explain(error: Exception, config_name: str) -> str:
         return ""
     cause: BaseException | None = error
     while cause is not None:  # resolvers raise within OmegaConf's errors
-        if type(cause) is ValueError:
-            return f"ValueError: {str(cause).rpartition('ValueError: ')[2]}".rstrip()  # of a worker, with its traceback
+        if type(cause) is ValueError:  # the text of a worker's error begins with its traceback
+            return f"ValueError: {str(cause).rpartition('ValueError: ')[2]}".rstrip()
         cause = cause.__cause__ or cause.__context__
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return f"{type(error).__name__}: {error}"
     text = str(error).strip()
     first = text.splitlines()[0].rstrip(".")
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: {first}; accepted: key=value, and what is not plain in quotes: \"key='a=b'\""
+        return f"{error.override}: {first}; accepted: key=value, with special characters in quotes: \"key='a=b'\""
     if several := re.match(r"Multiple values for (\S+)\.", text):
         return f"+{several[1]}: it is chosen already, accepted: {several[1]}=<option>, without the +"
     if isinstance(error, MissingConfigException) and error.options:
@@ -276,13 +282,13 @@ def explain(error: Exception, config_name: str) -> str:
 
 
 def nearest(name: str, where: str, accepted: Sequence[str]) -> str:
-    """What is accepted in place of a misspelt name, and the nearest of it."""
+    """The accepted names for a misspelt one, beginning with the nearest."""
     close = difflib.get_close_matches(name, accepted, n=1, cutoff=0.35)
     return (f"did you mean {close[0]}? " if close else "") + f"{where}: {', '.join(accepted)}"
 
 
 def nearest_key(key: str, config_name: str) -> str:
-    """As :func:`nearest`, for a key of the configuration; empty where there is another mistake."""
+    """As :func:`nearest`, for a key of the configuration; empty if the options given do not compose either."""
     options = [a for a in sys.argv[1:] if Path(conf_dir(), a.partition("=")[0]).is_dir()]
     GlobalHydra.instance().clear()
     try:
@@ -293,11 +299,11 @@ def nearest_key(key: str, config_name: str) -> str:
     parent, _, name = key.rpartition(".")
     while not isinstance(node := OmegaConf.select(cfg, parent) if parent else cfg, DictConfig):
         parent, _, name = parent.rpartition(".")
-    return nearest(name, f"keys of {parent or 'the configuration'}", [str(entry) for entry in node])
+    return nearest(name, f"keys of {parent or 'the configuration'}", [str(child) for child in node])
 
 
 def name_changed_presets(cfg: DictConfig) -> None:
-    """A protocol is known by its name: where a preset was changed, append to its name what differs.
+    """Append the changes of a protocol preset to its name, since results are reported under the name.
 
     ``protocol.ss.scales=[0.5,1]`` is reported as ``ss-scales-0.5-1``.
     """
@@ -324,10 +330,10 @@ def name_changed_presets(cfg: DictConfig) -> None:
 @entry("train")
 def train_task(cfg: DictConfig) -> None:
     """Train and evaluate a model, or many with -m."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, started by the user
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # the user started torchrun
         launch.end_with(os.getppid())
     try:
-        with launch.alone_in(Path(cfg.run_dir)) if sweep.is_job() else nullcontext():  # else RunDirectory has it locked
+        with launch.alone_in(Path(cfg.run_dir)) if sweep.is_job() else nullcontext():  # RunDirectory locks single runs
             _train(cfg)
     except launch.InUse as error:
         log.info("%s: the job is left to it", error)
@@ -355,7 +361,7 @@ def _train(cfg: DictConfig) -> None:
             job_logging: Any = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
             launch.run("bisenet.experiment:train", OmegaConf.to_container(cfg, resolve=True), processes, job_logging)
         else:
-            from bisenet import experiment  # heavy: only once the configuration is composed
+            from bisenet import experiment  # imports torch: only once the configuration is composed
 
             experiment.train(cfg)
     except (KeyboardInterrupt, SystemExit) as end:
@@ -365,10 +371,10 @@ def _train(cfg: DictConfig) -> None:
 
 
 def resumed(cfg: DictConfig) -> DictConfig:
-    """The stored configuration of the run that ``cfg.resume`` names, to continue it as it was.
+    """The stored configuration of the run that ``cfg.resume`` names, with the overrides of this command.
 
     Raises:
-        ValueError: an override that could change the result.
+        ValueError: an override that could change the result, or a stored configuration that names foreign code.
     """
     keys = [
         override.key_or_group
@@ -411,12 +417,12 @@ def predict(cfg: DictConfig) -> None:
 
     given: Any = None if cfg.data is None else OmegaConf.to_container(cfg.data, resolve=True)
     read = checkpoint.read(cfg.checkpoint, given)
-    cfg.data = read.data  # which the protocols refer to
+    cfg.data = read.data  # the protocols refer to it
     segmenter = read.segmenter(hydra.utils.instantiate(cfg.protocol, _convert_="all") or None, list(cfg.trust))
     if cfg.accelerator == "gpu" or (cfg.accelerator == "auto" and torch.cuda.is_available()):
         segmenter = segmenter.cuda()
     predictions.folder.mkdir(parents=True, exist_ok=True)
-    with launch.alone_in(predictions.folder) if cfg.output else nullcontext():  # its run directory is locked already
+    with launch.alone_in(predictions.folder) if cfg.output else nullcontext():  # the run directory is locked already
         unusable = predictions.run(segmenter)
     if unusable:
         sys.exit(1)
@@ -522,7 +528,7 @@ def benchmark(cfg: DictConfig) -> None:
 
 
 def train() -> None:
-    """Train; where it was a multirun, end with the summary of its folder, whatever happened."""
+    """Train; a multirun ends with the summary of its folder, even when jobs have failed."""
     try:
         train_task()
     finally:
@@ -546,6 +552,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from bisenet import cli  # which Hydra's callbacks come from, too
+    from bisenet import cli  # so that Hydra's callbacks come from the same module, not from a second copy of it
 
     cli.main()

@@ -158,7 +158,8 @@ class ProgressBar(RichProgressBar):
             names = {"train/loss": "loss", "time/step": "s/step", "time/data": "s/data"}
             names |= {key: key for key in metrics if key.endswith("/miou")}
             self._shown = {name: metrics[key].item() for key, name in names.items() if key in metrics}
-            self._shown |= {"lr": trainer.optimizers[0].param_groups[-1]["lr"]} if self._shown else {}
+            if self._shown:
+                self._shown["lr"] = trainer.optimizers[0].param_groups[-1]["lr"]
         return self._shown
 
 
@@ -218,7 +219,7 @@ class NonFinite(Callback):
             write_json(self.path, {"reason": what, "step": step, "samples": _drawn(trainer, step)})
         trainer.strategy.barrier()  # else the error of another process could end this one before it has written
         last = self.path.parent / "checkpoints" / "last.ckpt"
-        again = f"debug=replay callbacks.nonfinite.until={step}" + f" ckpt_path={last}" * last.exists()
+        again = f"debug=replay callbacks.nonfinite.until={step}" + (f" ckpt_path={last}" if last.exists() else "")
         raise FloatingPointError(
             f"{what} at step {step}: lower optimizer.lr, lengthen scheduler.warmup_steps, or use precision=fp32; the "
             f"images are named in {self.path}; to find the operation, the same command with {again}"
@@ -244,12 +245,13 @@ def _drawn(trainer: Trainer, step: int) -> list[dict[str, Any]]:
     """Images, labels, augmentation seeds and value ranges of a step (counted from 1), in all processes."""
     loader: Any = trainer.train_dataloader
     batches, parts, found = copy(loader.batch_sampler), trainer.accumulate_grad_batches, []
-    for batches.start in range((step - 1) * parts, step * parts):
-        for batches.rank in range(trainer.world_size):
+    for start in range((step - 1) * parts, step * parts):
+        for rank in range(trainer.world_size):
+            batches.start, batches.rank = start, rank
             for draw, index in next(iter(batches)):
                 sample, batch = loader.dataset.samples[index], loader.dataset[draw, index]
                 image, ids = batch["image"], batch["mask"].unique().tolist()
-                found.append({"rank": batches.rank, "image": str(sample.image), "label": str(sample.label),
+                found.append({"rank": rank, "image": str(sample.image), "label": str(sample.label),
                               "seed": [loader.dataset.seed, draw], "range": [int(image.min()), int(image.max())],
                               "train_ids": ids})  # fmt: skip
     return found
@@ -265,7 +267,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint; an ``OSError`` names the file."""
         path, content = Path(path), io.BytesIO()
-        torch.save(checkpoint, content)
+        torch.save(checkpoint, content)  # in memory: into a file, it may answer a full disk with a RuntimeError
         keep = path.name == "last.ckpt" and path.exists()
         with replacing(path, path.with_name("previous.ckpt") if keep else None) as stream:
             stream.write(content.getbuffer())
@@ -337,7 +339,7 @@ class LastCheckpoint(Checkpoint):
         self._within_step = not ends_step(trainer, batch_idx)  # checkpoints hold no accumulated gradients
         due = self.save_now or trainer.global_step % self.every_n_steps == 0
         if due and not validation_follows and not self._within_step:
-            # Lightning logs a step's scalars only after all hooks; MetricsFile writes a row that is given twice once.
+            # Lightning logs a step's scalars only after all hooks; MetricsFile writes a row once if it comes twice.
             logged = trainer._logger_connector.metrics["log"] if is_logged(trainer) else {}
             self._save(trainer, {key: value.item() for key, value in logged.items()})
 

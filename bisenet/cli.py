@@ -134,6 +134,7 @@ class Refused(BaseException):
 
 
 def _claim(cfg: DictConfig) -> None:
+    """Set ``hydra.run.dir`` to the run that is resumed or to a new directory; the first process locks it."""
     resume, name = cfg.get("resume"), cfg.get("name", "run")
     by_time = "${now" in OmegaConf.to_container(cfg.hydra.run, resolve=False)["dir"]  # type: ignore[index,call-overload]
     if isinstance(name, bool) or not re.fullmatch(r"\w[\w+.-]*", str(name)):  # YAML reads name=on as true
@@ -340,6 +341,7 @@ def train_task(cfg: DictConfig) -> None:
 
 
 def _train(cfg: DictConfig) -> None:
+    """Check what a run or job that is continued may change, then train in this process or in one for each device."""
     if sweep.is_job():
         continued = sweep.job(cfg)
         if continued is None:

@@ -99,7 +99,7 @@ def build_data(cfg: DictConfig) -> SegmentationDataModule:
 
 def build_segmenter(cfg: DictConfig, data: SegmentationDataModule) -> Segmenter:
     """Network, normalisation and protocols; the initial weights depend on ``init_seed`` alone."""
-    with torch.random.fork_rng(devices=[]):  # on the CPU, where networks are built; leave the caller's alone
+    with torch.random.fork_rng(devices=[]):  # networks are built on the CPU; the caller's random state stays
         torch.manual_seed(cfg.init_seed)
         network = build(cfg, "model.network", n_classes=data.table.num_classes)
     if missing := [name for name in ("head_names", "align_corners") if not hasattr(network, name)]:
@@ -426,7 +426,7 @@ def score(
     """Evaluate on a split, unless the last validation has just done so; write figures and counts by image.
 
     Returns:
-        What ``results.json`` says of one set of weights: split, scores by protocol, precision, device and seconds.
+        The part of ``results.json`` for one set of weights: split, scores by protocol, precision, device and seconds.
     """
     started = time.perf_counter()
     validated = split == data.val_split and module.validated_step == trainer.global_step

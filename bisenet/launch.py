@@ -36,6 +36,11 @@ ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals by which batch systems tell a job to end; SIGUSR1 is Slurm's warning."""
 ENDED = 128 + signal.SIGTERM
 """Exit code of a run that was told to end."""
+LONGER = (
+    "The learning rate has run out at trainer.max_steps: a longer training is a new run, from the start, or with "
+    "finetune_from=<run> from the weights of this one."
+)
+"""Advice where a run cannot be continued with more steps."""
 _PATIENCE = 10  # seconds that the other processes have to end by themselves once one has failed
 
 
@@ -95,13 +100,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Coll
     ]  # fmt: skip
     lines = [f"  {key}: {there.get(key, 'nothing')} there, {here.get(key, 'nothing')} now" for key in keys]
     return "\n".join([*lines, LONGER] if {"trainer.max_steps", "scheduler.total_steps"} & {*keys} else lines)
-
-
-LONGER = (
-    "The learning rate has run out at trainer.max_steps: a longer training is a new run, from the start, or with "
-    "finetune_from=<run> from the weights of this one."
-)
-"""Advice where a run cannot be continued with more steps."""
 
 
 def within(key: str, nodes: Collection[str]) -> bool:
@@ -190,7 +188,7 @@ def run(function: str, argument: Any, processes: int, job_logging: Mapping[str, 
             return  # `timeout` sends its signal twice
         for process in ranks:
             if process.is_alive():
-                process.kill() if told else os.kill(process.pid or 0, number)
+                os.kill(process.pid or 0, signal.SIGKILL if told else number)
         told.append(time.monotonic())
 
     before = [(number, signal.signal(number, tell)) for number in ENDING_SIGNALS]
@@ -240,6 +238,7 @@ def _failure(codes: Sequence[int | None], pipes: Sequence[Any]) -> str:
 def _call(
     sender: Any, parent: int, environment: dict[str, str], function: str, argument: Any, job_logging: Any
 ) -> None:
+    """Call the function in a new process; an error goes through ``sender`` as its time, its text and its traceback."""
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends them
     os.environ.update(environment)

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 _FILE = "sweep.yaml"
 _HARMLESS = {*PRACTICAL, "resume", "sweep"}  # may differ between two commands for one job, unless swept
-_SEEDS = ("seed", "init_seed", "data_seed", "repeat")  # always in a job's name, so that seeds can be added later
+_SEEDS = ("seed", "init_seed", "data_seed", "repeat")  # in a job's name even if not swept: more may be added
 _LISTS = ("without", "protocol", "callbacks", "logger")  # groups of which several options are chosen at once
 
 
@@ -164,7 +164,7 @@ def _begin(cfg: DictConfig) -> Path:
         if not re.fullmatch(r"\w[\w.,=+-]*", cfg.sweep.name):
             raise ValueError(f"sweep.name: got {cfg.sweep.name!r}, accepted: letters, digits and . , = + - _")
         node.overrides.hydra += [
-            f"sweep.name={cfg.sweep.name}",  # the default name depends on the sweep
+            f"sweep.name={cfg.sweep.name}",  # for all jobs: a name may depend on swept values
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'sweep.name'])}]",
         ]
     folder = Path(node.sweep.dir)
@@ -211,6 +211,7 @@ def swept(node: Any) -> dict[str, str]:
 
 
 def _require_same(folder: Path, stored: Any, now: DictConfig, ignored: Collection[str]) -> None:
+    """Raise a ValueError if two configurations for one folder differ, except in keys that are ignored."""
     if found := differences(_plain(stored), _plain(now), ignored):
         raise ValueError(
             f"{folder} was begun with another configuration:\n{found}\n"
@@ -219,6 +220,7 @@ def _require_same(folder: Path, stored: Any, now: DictConfig, ignored: Collectio
 
 
 def _plain(cfg: Any) -> Any:
+    """Plain containers, in which interpolations stay text."""
     return OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
 
 
@@ -323,4 +325,5 @@ def _varied(stored: Sequence[_Stored]) -> list[str]:
 
 
 def _key(override: str) -> str:
+    """The key of an override, as ``a.b`` of ``+a.b=1``."""
     return override.lstrip("+~").partition("=")[0]

@@ -181,6 +181,8 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
         def answering() -> Iterator[None]:
             try:
                 yield
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
             except Exception as error:
                 if full or not (answer := explain(error, config_name)):
                     raise
@@ -289,7 +291,10 @@ def nearest(name: str, where: str, accepted: Sequence[str]) -> str:
 
 
 def nearest_key(key: str, config_name: str) -> str:
-    """As :func:`nearest`, for a key of the configuration; empty if the options given do not compose either."""
+    """As :func:`nearest`, for a key of the configuration; empty if the options given do not compose either.
+
+    A name that stands elsewhere in the configuration is answered with its whole key: ``lr`` with ``optimizer.lr``.
+    """
     options = [a for a in sys.argv[1:] if Path(conf_dir(), a.partition("=")[0]).is_dir()]
     GlobalHydra.instance().clear()
     try:
@@ -300,7 +305,14 @@ def nearest_key(key: str, config_name: str) -> str:
     parent, _, name = key.rpartition(".")
     while not isinstance(node := OmegaConf.select(cfg, parent) if parent else cfg, DictConfig):
         parent, _, name = parent.rpartition(".")
-    return nearest(name, f"keys of {parent or 'the configuration'}", [str(child) for child in node])
+    where, here = f"keys of {parent or 'the configuration'}", [str(entry) for entry in node]
+    keys = [full for full, _ in launch.leaves(OmegaConf.to_container(cfg, resolve=False))]
+    keys.sort(key=lambda full: (full.startswith(f"{key.partition('.')[0]}."), -full.count(".")))  # the best comes last
+    elsewhere = {full.rpartition(".")[2]: full for full in keys}
+    if name in elsewhere or not difflib.get_close_matches(name, here, cutoff=0.75):
+        for close in difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75):
+            return f"did you mean {elsewhere[close]}? {where}: {', '.join(here)}"
+    return nearest(name, where, here)
 
 
 def name_changed_presets(cfg: DictConfig) -> None:
@@ -530,7 +542,7 @@ def benchmark(cfg: DictConfig) -> None:
 
 
 def train() -> None:
-    """Train; a multirun ends with the summary of its folder, even when jobs have failed."""
+    """Train and evaluate a model, or many with -m, which ends with their summary."""
     try:
         train_task()
     finally:

@@ -91,7 +91,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Coll
         now: the configuration that it is to be continued with, in plain values.
         ignored: keys that may differ, with all keys below them.
     """
-    there, here = dict(_leaves(before)), dict(_leaves(now))
+    there, here = dict(leaves(before)), dict(leaves(now))
     there.setdefault("channels_last", here.get("channels_last"))  # runs before 0.3.0 lack the key
     keys = [
         key for key in sorted(there.keys() | here.keys())
@@ -107,13 +107,13 @@ def within(key: str, nodes: Collection[str]) -> bool:
     return any(f"{key}.".startswith(f"{node}.") for node in nodes)
 
 
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of every value that is no mapping."""
     if not isinstance(node, Mapping):
         yield path, node
     else:
         for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
 
 
 # ---------------------------------------------------------------- processes

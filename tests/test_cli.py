@@ -64,6 +64,8 @@ def test_every_experiment_says_what_it_is() -> None:
         ("modle=bisenetv1", "'modle': did you mean model? keys of the configuration: model, data"),
         ("loss.criterion.thresold=3", "did you mean threshold? keys of loss.criterion: _target_, threshold"),
         ("model.network.widht=3", "did you mean width_multiplier?"),
+        ("lr=3", "did you mean optimizer.lr? keys of the configuration: model, data"),
+        ("loss.treshold=3", "did you mean loss.criterion.threshold? keys of loss: _target_, aux_weight, criterion"),
         ("loss=cross_entropy loss.criterion.min_kept=3", "keys of loss.criterion: _target_, class_weights, impl"),
         ("model=bisenetv3", "did you mean bisenetv2? options of model: bisenetv1, bisenetv1_diss"),
         ("experiment=demi", "did you mean demo?"),
@@ -368,3 +370,14 @@ def test_a_terminal_that_is_not_utf_8_shows_the_tables(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": PYTHONPATH, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "71.05" in done.stdout, done.stderr
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @cli.entry("compare")
+    def interrupted(_: DictConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["bisenet compare", f"hydra.run.dir={tmp_path}"])
+    with pytest.raises(SystemExit) as end:
+        interrupted()
+    assert end.value.code == 130

@@ -152,6 +152,11 @@ class ProgressBar(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the new score."""
+        super().on_validation_end(trainer, pl_module)
+        self._shown |= {key: score.item() for key, score in trainer.callback_metrics.items() if key.endswith("/miou")}
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         if is_logged(trainer) or not self._shown:
             metrics = trainer.callback_metrics

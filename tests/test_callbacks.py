@@ -86,6 +86,21 @@ def csv_rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+# ---------------------------------------------------------------- progress
+
+
+def test_the_progress_bar_shows_the_run_and_ends_with_the_last_score(
+    tmp_path: Path, shapes: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    small = [override for override in SMALL if override != "~callbacks.progress"]
+    results = experiment.train(composed(*small, shapes, "trainer.log_every_n_steps=3", f"run_dir={tmp_path / 'run'}"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Training")]
+    step = results["step"]
+    assert f"{step}/{step}" in line
+    assert f"val/ss/miou: {results['miou']:.4g}" in line
+
+
 # ---------------------------------------------------------------- metrics.csv
 
 

@@ -55,22 +55,22 @@ using std::fma, std::fmaf, std::fmaxf, std::fminf;
 
 struct half;
 struct bfloat16;
-// With OHEM_NOISE these err as much as the instructions of a GPU may (PTX: ex2.approx.ftz by 2^-22 of the result,
+// With noise these err as much as the instructions of a GPU may (PTX: ex2.approx.ftz by 2^-22 of the result,
 // lg2.approx.ftz by 2^-22, of the result outside of 0.5 to 2), and numbers below 2^-126 are 0.
-#ifdef OHEM_NOISE
+static bool noisy = false;
+extern "C" void make_noise(int on) { noisy = on; }
 inline float noise(float x) {
     const unsigned hash = (__float_as_uint(x) ^ __float_as_uint(x) >> 15) * 2654435761u;
     return float(int(hash)) * 0x1p-31f * 0x1p-22f;
 }
-inline float fast_exp2(float x) { return x < -126.0f ? 0.0f : std::exp2f(x) * (1.0f + noise(x)); }
+inline float fast_exp2(float x) {
+    const float y = std::exp2f(x);
+    return !noisy ? y : x < -126.0f ? 0.0f : y * (1.0f + noise(x));
+}
 inline float fast_log2(float x) {
     const float y = std::log2f(x);
-    return x < 0x1p-126f ? -INFINITY : y + noise(x) * (x > 0.5f && x < 2.0f ? 1.0f : y);
+    return !noisy ? y : x < 0x1p-126f ? -INFINITY : y + noise(x) * (x > 0.5f && x < 2.0f ? 1.0f : y);
 }
-#else
-inline float fast_exp2(float x) { return std::exp2f(x); }
-inline float fast_log2(float x) { return std::log2f(x); }
-#endif
 inline float to_float(half);
 inline void store(half*, float);
 

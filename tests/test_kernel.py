@@ -13,9 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import zipfile
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -24,6 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_losses import IGNORE, Case, fits, gradient, make_case, oracle
@@ -40,27 +41,37 @@ RULE = {"threshold": 0.7, "min_kept": 0.0625, "normalizer": "kept", "align": Fal
 
 
 @cache
-def compiled_for_cpu(specialization: kernel.Specialization, noise: bool = False) -> ctypes.CDLL:
-    """``noise``: with exponentials and logarithms as imprecise as those of a GPU."""
-    path = Path(tempfile.mkdtemp(prefix="ohem-")) / "ohem.so"
-    macros = [("OHEM_SOURCE", f'"{kernel.source_path()}"'), *[("OHEM_NOISE", "1")] * noise, *specialization.macros]
+def compiled_for_cpu(specialization: kernel.Specialization) -> ctypes.CDLL:
+    """Compiled by the first test that needs it, for all test processes and later runs of the tests."""
+    shim = ROOT / "tests" / "cuda_shim.h"
+    macros = [("OHEM_SOURCE", f'"{kernel.source_path()}"'), *specialization.macros]
     options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    source = ["-x", "c++", str(ROOT / "tests" / "cuda_shim.h")]
-    subprocess.run(["g++", *options, *[f"-D{k}={v}" for k, v in macros], *source, "-o", str(path)], check=True)
+    command = ["g++", *options, *[f"-D{k}={v}" for k, v in macros], "-x", "c++", str(shim)]
+    digest = sha256(repr(command).encode() + shim.read_bytes() + kernel.source_path().read_bytes()).hexdigest()
+    path = ROOT / ".pytest_cache" / "ohem" / f"{digest[:24]}.so"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            subprocess.run([*command, "-o", path.with_suffix(".draft")], check=True)
+            path.with_suffix(".draft").rename(path)
     return ctypes.CDLL(str(path))
 
 
 class CpuLibrary:
-    """The kernels on the CPU, with ``block`` threads."""
+    """The kernels on the CPU, with ``block`` threads.
+
+    ``noise``: with exponentials and logarithms as imprecise as those of a GPU.
+    """
 
     multiprocessors = 1
 
     def __init__(self, block: int, specialization: kernel.Specialization, noise: bool = False) -> None:
         self.block = block
-        self._library = compiled_for_cpu(specialization, noise)
+        self._library, self._noise = compiled_for_cpu(specialization), noise
 
     def launch(self, kernel_name: str, grid: int, *arguments: Any, only_block: int = -1) -> None:
         self._library.run_only(ctypes.c_longlong(only_block))
+        self._library.make_noise(int(self._noise))
         kinds = {int: ctypes.c_longlong, float: ctypes.c_float}
         values = [
             ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else kinds[type(value)](value)
@@ -94,7 +105,7 @@ def device(request, monkeypatch):
         return torch.device("cpu")
     requires_cpu_kernel()
     block, noise = {"sequential": (1, False), "threads": (32, True)}[request.param]
-    compiled_for_cpu(kernel.Specialization("float", "uint8", 19), noise)  # an error in it is no matter for hypothesis
+    compiled_for_cpu(kernel.Specialization("float", "uint8", 19))  # an error in it is no matter for hypothesis
     monkeypatch.setattr(kernel, "library", lambda _, specialization: CpuLibrary(block, specialization, noise))
     return torch.device("cpu")
 

@@ -93,7 +93,7 @@ def test_every_export_says_how_far_it_is(exported: Path) -> None:
         assert found["bytes"] == sum(Path(file).stat().st_size for file in found["files"])
 
 
-@pytest.mark.parametrize("output", ["mask", "probabilities"])
+@pytest.mark.parametrize("output", ["mask", pytest.param("probabilities", marks=pytest.mark.slow)])
 def test_a_fixed_file_of_normalised_images(source: Path, tmp_path: Path, output: str) -> None:
     options: dict[str, Any] = {"output": output, "normalization": "outside", "batch": 2, "size": [64, 128]}
     export(source, tmp_path, "onnx", "openvino", **options)
@@ -106,6 +106,7 @@ def test_a_fixed_file_of_normalised_images(source: Path, tmp_path: Path, output:
             model.predict(SCENE[:32])
 
 
+@pytest.mark.slow
 def test_half_precision_halves_the_file(source: Path, exported: Path, tmp_path: Path) -> None:
     found = export(source, tmp_path, "openvino", "ncnn", dtype="fp16", output="logits")
     assert all(entry["equal_labels"] >= 0.99 for entry in found)

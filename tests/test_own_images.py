@@ -39,6 +39,7 @@ def follow(steps: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_from_a_folder_of_images_to_a_training(tmp_path: Path) -> None:
     """Images of varying sizes, some smaller than a crop, with labels in colours; ignored is the value 0."""
     draw, folder = np.random.default_rng(0), tmp_path / "my data"

@@ -118,7 +118,7 @@ def test_smoothing_averages_without_a_bias_to_the_start() -> None:
     assert smooth[-1] == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize(("classes", "largest"), [(2, 2), (19, 17), (171, 160)])
+@pytest.mark.parametrize(("classes", "largest"), [(2, 2), (19, 17), pytest.param(171, 160, marks=pytest.mark.slow)])
 def test_scores_are_drawn_for_few_and_many_classes(classes: int, largest: int, tmp_path: Path) -> None:
     known, found = CITYSCAPES if classes == 19 else table(classes), scores(classes, largest)
     report.plot_iou({"ss": found.to_dict(known.names)}, known, tmp_path / "iou.png")

@@ -1,8 +1,8 @@
-"""Kill small runs at file operations, continue them, and compare: ``python tests/crash.py FOLDER SHARE``.
+"""Kill small runs at file operations, continue them, and compare: ``python tests/crash.py FOLDER``.
 
-The library made of ``crash.c`` is preloaded. SHARE of the operations of a run are tried, evenly. Each run is killed,
-its continuation too, somewhere else, and what continues that one must end as an undisturbed run does. Prints their
-number. Every run is a fork of this process, which has imported everything.
+The library made of ``crash.c`` is preloaded. There is a run for each operation. It is killed there, its continuation
+is killed somewhere else, and what continues that one must end as an undisturbed run does. Every run is a fork of this
+process, which has imported everything.
 """
 
 import ctypes
@@ -50,7 +50,7 @@ def outcome(run: Path) -> list[object]:
     return [rows(run), results(run), *[[file.get(key) for key in keys] for file in files]]
 
 
-def main(folder: Path, share: float) -> None:
+def main(folder: Path) -> None:
     counted = folder / "operations"
 
     def count() -> None:
@@ -59,8 +59,8 @@ def main(folder: Path, share: float) -> None:
 
     assert forked(count, folder / "calm") == 0
     calm, operations = outcome(folder / "calm"), int(counted.read_text())
-    points = range(operations, 0, -max(1, round(1 / share)))
-    for point in points:
+    assert operations > 20
+    for point in range(1, operations + 1):
         run = folder / f"{point:03}"
         assert forked(lambda: train(run), run, point) == -signal.SIGKILL  # noqa: B023
         again = forked(lambda: train(run), run, 1 + 7 * point % operations)  # noqa: B023
@@ -70,8 +70,7 @@ def main(folder: Path, share: float) -> None:
         assert checkpoint.newest(run) == run / "checkpoints" / "last.ckpt"
         left = [*run.rglob(".*.draft"), *Path(tempfile.gettempdir()).rglob("*")]
         assert not [path for path in left if path.is_file()], point
-    sys.stdout.write(f"{len(points)} of {operations}\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -493,6 +493,7 @@ def test_one_process_at_a_time_works_in_a_directory(finished: Path, scenes: list
     assert not (job / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_commands_of_the_same_second_have_their_own_directories(tmp_path: Path) -> None:
     """The year stands for the second."""
     compare = [sys.executable, str(ROOT / "scripts" / "compare.py"), "values={a: [1, 2, 3]}",

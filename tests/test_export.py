@@ -177,6 +177,7 @@ def test_the_references_names(source: Path, tmp_path: Path) -> None:
     assert np.array_equal(model.predict(SCENE), bisenet.load(source).predict(SCENE))
 
 
+@pytest.mark.slow
 def test_tensorrt_is_given_the_shapes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for trtexec writes what it was called with."""
     tool = tmp_path / "trtexec"

@@ -94,6 +94,7 @@ def test_interrupted_set_is_completed_and_another_one_refused(tmp_path: Path, mo
         write_synthetic(tmp_path, **SET)
 
 
+@pytest.mark.slow
 def test_many_scenes_are_the_same_even_where_two_write_them_at_once(tmp_path: Path) -> None:
     many = {**SET, "counts": {"train": 45, "val": 1}}  # shared out over processes
     code = f"from bisenet.data.scenes import *; write_synthetic(Path({str(tmp_path)!r}), **{many})"

@@ -136,8 +136,8 @@ class ProgressBar(RichProgressBar):
     """Progress over the steps of the run, with loss, learning rate, time per step, time waiting for data, last mIoU.
 
     Args:
-        refresh_rate: batches between two updates of the bar. The numbers change only at steps that are logged, since
-            reading them waits for the GPU.
+        refresh_rate: batches between two updates of the bar. Numbers change only at steps that are logged, since
+            reading them waits for the GPU; the score changes after a validation.
     """
 
     def __init__(self, refresh_rate: int = 2) -> None:

@@ -16,6 +16,7 @@ import socket
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
@@ -160,8 +161,9 @@ def write(
     """Write, atomically, a checkpoint for prediction and evaluation; no training can be resumed from it."""
     state = {_WEIGHTS + name: tensor for name, tensor in weights.items()}
     content = {"state_dict": state, "global_step": step, "bisenet": portable, "hyper_parameters": hyper_parameters}
+    torch.save(content, saved := BytesIO())  # written to a full disk directly, it may end in a RuntimeError
     with replacing(path) as stream:
-        torch.save(content, stream)
+        stream.write(saved.getbuffer())
 
 
 def newest(run_dir: Path) -> Path | None:

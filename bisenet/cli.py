@@ -364,7 +364,7 @@ def _train(cfg: DictConfig) -> None:
     elif os.environ.get("RANK", "0") == "0":
         sweep.require_own_configuration(cfg)
     name_changed_presets(cfg)
-    processes = launch.processes_here(cfg.trainer.devices)
+    processes = launch.processes_here(cfg.trainer.devices, cfg.trainer.accelerator)
     if processes > 1 and cfg.trainer.num_nodes > 1:
         raise ValueError(
             f"trainer.num_nodes: got {cfg.trainer.num_nodes}, accepted: 1, unless torchrun starts this command on "

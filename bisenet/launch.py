@@ -119,18 +119,23 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 # ---------------------------------------------------------------- processes
 
 
-def processes_here(devices: Any) -> int:
-    """How many processes to start for ``Trainer(devices=...)`` on this machine; 1 if torchrun has started this one.
+def processes_here(devices: Any, accelerator: str) -> int:
+    """How many processes Lightning's ``Trainer`` needs on this machine; 1 if torchrun has started this one.
 
     Args:
-        devices: a number, a list of device numbers, or ``auto``: one for each GPU, at least 1.
+        devices: a number, a list of device numbers (also as text, ``0,1``), or ``auto``: one for each GPU, at least 1.
+        accelerator: ``auto``, ``cpu``, ``gpu``, ...; on a CPU, ``auto`` devices are one.
     """
     if "LOCAL_RANK" in os.environ:
         return 1
+    if isinstance(devices, str) and "," in devices:
+        devices = [number for number in devices.split(",") if number.strip()]
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         return len(devices)
     if str(devices).isdecimal():
         return int(devices)
+    if accelerator == "cpu":
+        return 1
     import torch  # takes seconds: only where it is needed
 
     return max(1, torch.cuda.device_count())

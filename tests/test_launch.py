@@ -183,10 +183,12 @@ def test_a_process_whose_parent_has_ended_ends() -> None:
 
 def test_the_number_of_processes_is_that_of_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert [launch.processes_here(devices) for devices in (1, 3, "2", [0, 1], "auto")] == [
-        1, 3, 2, 2, max(1, torch.cuda.device_count())]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    asked = (1, 3, "2", [0, 1], "0,1", "1,", "auto", -1)
+    assert [launch.processes_here(devices, "gpu") for devices in asked] == [1, 3, 2, 2, 2, 1, 4, 4]
+    assert launch.processes_here("auto", "cpu") == 1
     monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun has started us
-    assert launch.processes_here(8) == 1
+    assert launch.processes_here(8, "gpu") == 1
 
 
 def test_several_nodes_need_torchrun(tmp_path: Path) -> None:

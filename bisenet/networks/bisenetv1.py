@@ -6,8 +6,8 @@ Shapes: B images of H x W pixels, n = n_classes; sizes at a stride round up.
 
 Departs: two parts follow the reference rather than the paper, so that its weights load. The attention refinement starts
 with a 3x3 convolution to 128 channels, and the three layers of the spatial path are followed by a fourth, 1x1.
-Departs: the generation `current` computes the fusion attention by one convolution and a norm, as the reference does for
-the sake of TensorRT; `older` has the two 1x1 convolutions of the paper.
+Departs: the generation `current` computes the fusion attention with one convolution and a norm, as the reference does
+for TensorRT; `older` has the two 1x1 convolutions of the paper.
 """
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
@@ -48,9 +48,9 @@ class AttentionRefinement(nn.Module):
 
 
 class ContextPath(nn.Module):
-    """ResNet-18 whose deep features are refined by attention, given the global context, and brought up to stride 8.
+    """ResNet-18; its deep features are refined by attention, joined with the global context and upsampled to stride 8.
 
-    Maps an image to the backbone's feature at stride 8, and to the context at strides 8 and 16.
+    Maps an image to the backbone's feature at stride 8, the context at stride 8 and the context at stride 16.
     """
 
     def __init__(self, norm: Norm) -> None:
@@ -92,7 +92,7 @@ class TopDownPath(nn.Module):
 
 
 class SpatialPath(nn.Sequential):
-    """Few wide layers that keep the detail: image (B, 3, H, W) -> (B, 128, H/8, W/8)."""
+    """A few wide layers that keep the detail: image (B, 3, H, W) -> (B, 128, H/8, W/8)."""
 
     def __init__(self, norm: Norm) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class SpatialPath(nn.Sequential):
 
 
 class FeatureFusion(nn.Module):
-    """Mix detail and context, each (B, 128, h, w), to (B, 256, h, w) and add what channel attention selects of it."""
+    """Mix detail and context, each (B, 128, h, w), to x (B, 256, h, w), and return x + x * channel attention."""
 
     def __init__(self, generation: Generation, norm: Norm) -> None:
         super().__init__()
@@ -133,16 +133,16 @@ class Head(nn.Sequential):
 
 
 class BiSeNetV1(SegmentationNetwork):
-    """BiSeNetV1 with ResNet-18, and the two structures that test what its second path is good for.
+    """BiSeNetV1 with ResNet-18, and two control structures without its spatial path.
 
     - `n_classes`: channels of the logits.
     - `structure`: `two_path` is the paper's; in `one_path` the backbone's feature at stride 8 takes the place of the
       spatial path; `u_shape` is a plain top-down decoder, without attention, global pooling and fusion.
-    - `generation`: `older` has two 1x1 convolutions as fusion attention, heads without bias, and `align_corners`.
+    - `generation`: `older` has two 1x1 convolutions as fusion attention, heads without bias, and `align_corners=True`.
     - `norm`: `inplace_abn` for older weights trained with InPlaceABN; `bn` for all others.
     - `aux`: whether the auxiliary heads exist.
 
-    The heads conv_out, conv_out16 and conv_out32 have strides 8, 8 and 16; with `u_shape` 8, 16 and 32.
+    The heads conv_out, conv_out16 and conv_out32 have strides 8, 8 and 16, or 8, 16 and 32 with `u_shape`.
     Raises ValueError for an argument outside these choices.
     """
 
@@ -185,7 +185,7 @@ class BiSeNetV1(SegmentationNetwork):
 
 
 def initialise(network: BiSeNetV1) -> None:
-    """Set all weights but the backbone's, which `resnet.initialise` sets; the norms keep weight 1 and bias 0.
+    """Set all weights except the backbone's, which `resnet.initialise` sets; the norms keep weight 1 and bias 0.
 
     | layer        | weight                                              | bias |
     |--------------|-----------------------------------------------------|------|

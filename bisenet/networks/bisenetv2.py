@@ -65,7 +65,7 @@ class DetailBranch(nn.Sequential):
 
 
 class Stem(nn.Module):
-    """Shrink fast in two ways and join them (figure 4a): image (B, 3, H, W) -> (B, channels, H/4, W/4)."""
+    """Downsample by convolution and max pooling, joined (figure 4a): image (B, 3, H, W) -> (B, channels, H/4, W/4)."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Stem(nn.Module):
 
 
 class GatherExpand(nn.Module):
-    """Gather-and-expansion layer (figure 5b): gather, expand depthwise, project; (B, channels, h, w) stays as it is."""
+    """Gather-and-expansion layer (figure 5b): gather, expand depthwise, project; keeps (B, channels, h, w)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class GatherExpand(nn.Module):
 
 
 class GatherExpandDown(nn.Module):
-    """The same with stride 2 (figure 5c): (B, in_channels, h, w) -> (B, out_channels, h/2, w/2)."""
+    """Gather-and-expansion layer with stride 2 (figure 5c): (B, in_channels, h, w) -> (B, out_channels, h/2, w/2)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class GatherExpandDown(nn.Module):
 
 
 class ContextEmbedding(nn.Module):
-    """Add the global context to every pixel (figure 4b): (B, channels, h, w) stays as it is."""
+    """Add the global context to every pixel (figure 4b); keeps the shape (B, channels, h, w)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -155,7 +155,10 @@ class SemanticBranch(nn.Module):
 
 
 class GuidedAggregation(nn.Module):
-    """Each branch gates the other, at both scales (section 4.3): detail at stride 8, semantic at 32 -> stride 8."""
+    """Each branch gates the other, at strides 8 and 32 (section 4.3).
+
+    Maps detail (B, 128w, H/8, W/8) and semantic (B, 128w, H/32, W/32) to (B, 128w, H/8, W/8).
+    """
 
     def __init__(self, channels: int, generation: Generation) -> None:
         super().__init__()
@@ -182,8 +185,8 @@ class GuidedAggregation(nn.Module):
 class Head(nn.Module):
     """A 3x3 layer, dropout and the classifier: (B, in_channels, h, w) -> logits (B, n, h, w).
 
-    A booster head of the generation `current` reads a feature of stride `booster`, doubles it to (2h, 2w) and gives it
-    as many channels as that stride squared before it classifies; 0 stands for the main head.
+    `booster` is the stride of the feature that a booster head reads, or 0 for the main head. In the generation
+    `current` a booster head upsamples its feature to (2h, 2w) with `booster**2` channels before the classifier.
     """
 
     def __init__(self, in_channels: int, width: int, n_classes: int, generation: Generation, booster: int = 0) -> None:
@@ -216,7 +219,7 @@ class BiSeNetV2(SegmentationNetwork):
     - `n_classes`: channels of the logits.
     - `width_multiplier`: scales the channels of both branches and the aggregation; at least 0.125.
     - `depth_multiplier`: scales the number of stride 1 gather-and-expansion layers; a whole number of at least 1.
-    - `generation`: `older` aggregates bilinearly, has plain booster heads, and `align_corners` throughout.
+    - `generation`: `older` aggregates bilinearly, has booster heads without upsampling, and `align_corners=True`.
     - `aux`: whether the booster heads exist.
 
     The main head has stride 8; aux2, aux3, aux4 and aux5_4 have strides 2, 4, 8 and 16 (`older`: 4, 8, 16 and 32).
@@ -260,7 +263,7 @@ class BiSeNetV2(SegmentationNetwork):
 
 
 def initialise(network: BiSeNetV2) -> None:
-    """Set all weights (section 5: "kaiming normal"); a fresh gather-and-expansion layer passes its shortcut on.
+    """Set all weights (section 5: "kaiming normal"). A new gather-and-expansion layer starts as its shortcut.
 
     | layer                                  | weight                                            | bias |
     |----------------------------------------|---------------------------------------------------|------|

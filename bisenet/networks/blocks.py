@@ -1,7 +1,7 @@
-"""What both families are made of: the output type, the frame of a network, convolution + norm + activation.
+"""Parts that both families share: the output type, the base class of a network, convolution + norm + activation.
 
 Shapes: B images of H x W pixels, C channels, feature maps of h x w. H/8 stands for the height at stride 8, which is
-rounded up: every layer with stride 2 makes ceil(h / 2) of h.
+rounded up: every layer with stride 2 turns height h into ceil(h / 2).
 """
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger(__name__)
 
-_M = TypeVar("_M", bound=nn.Module)
-
 Generation = Literal["current", "older"]
-"""Which published code a network repeats: `current`, or `older` (2018 to 2020)."""
+"""Which version of the reference's code a network reproduces: `current`, or `older` (2018 to 2020)."""
 
 Norm = Literal["bn", "inplace_abn"]
-"""`bn`: batch norm and ReLU. `inplace_abn`: what InPlaceABN computes, |weight| + eps as scale and leaky ReLU 0.01."""
+"""`bn`: batch norm and ReLU. `inplace_abn`: as InPlaceABN, with |weight| + eps as scale and leaky ReLU 0.01."""
 
 
 class SegmentationOutput(NamedTuple):
@@ -38,7 +36,7 @@ class SegmentationOutput(NamedTuple):
     logits: Tensor
     """The main head."""
     aux: tuple[Tensor, ...]
-    """The auxiliary heads; () in eval mode and of a network without them."""
+    """The auxiliary heads; () in eval mode, and for a network that has none."""
 
 
 def require_choice(argument: str, value: str, choices: object) -> None:
@@ -48,12 +46,12 @@ def require_choice(argument: str, value: str, choices: object) -> None:
 
 
 class SegmentationNetwork(nn.Module, ABC):
-    """A network whose heads sit on feature maps: `head_names[i]` is the submodule that reads `features(image)[i]`."""
+    """A network with one head per feature map: the submodule `head_names[i]` reads `features(image)[i]`."""
 
     head_names: tuple[str, ...]
-    """Main head first, then the auxiliary ones, in the order of the outputs."""
+    """Names of the main head and then of the auxiliary heads, in the order of the outputs."""
     align_corners: bool
-    """How the logits are to be upsampled bilinearly to the size of the image."""
+    """`align_corners` of the bilinear upsampling of the logits to the size of the image."""
 
     @abstractmethod
     def features(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -74,17 +72,20 @@ class SegmentationNetwork(nn.Module, ABC):
 
 
 STRIP = 2**22
-"""Pixels of the strips in which images of more than twice as many pass through the layers of high resolution."""
+"""Image pixels in a strip. In evaluation, the high-resolution layers see images above twice this size in strips."""
 
 
 def by_strips(
     layers: Callable[[Tensor], Tensor], x: Tensor, *, stride: int, halo: int, share: int = 1, training: bool
 ) -> Tensor:
-    """Return `layers(x)` for (B, C, h, w), a strip of rows at a time where x is large, to bound memory.
+    """Return `layers(x)` for (B, C, h, w), computed in strips of rows where x is large, to bound memory.
 
-    A strip is seen with `halo` rows on both sides: a multiple of `stride`, the total stride of the layers, and not less
-    than the radius of their receptive field, so that every value is computed from the same values. `share` is how many
-    pixels of the image one of x stands for. Nothing is cut in training, where norms see the whole, and in an export.
+    - `stride`: total stride of the layers.
+    - `halo`: extra rows above and below each strip: a multiple of `stride`, and at least the radius of the layers'
+      receptive field, so that every output is computed from the same inputs as without strips.
+    - `share`: pixels of the image per pixel of x.
+
+    Training uses no strips, because a norm needs the statistics of the whole batch; neither does an export.
     """
     if training or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
         return layers(x)
@@ -103,10 +104,11 @@ def by_strips(
 @torch.inference_mode(False)
 @torch.no_grad()
 def fold(network: nn.Module, layout: torch.memory_format = torch.contiguous_format) -> nn.Module:
-    """Return a copy in evaluation mode without auxiliary heads, its batch norms folded into the convolutions before.
+    """Return a copy in evaluation mode, without auxiliary heads, with batch norms folded into the convolutions.
 
-    What follows what is seen on an image of 64 x 64, by which the copy is compared with the network in the end. Raises
-    ValueError for a network of one's own that cannot be copied, folded, or run on such an image.
+    A forward pass on a 64 x 64 image shows which norm follows which convolution. The folded copy must predict the same
+    for that image. Raises ValueError for a network that cannot be copied, folded, or run on such an image, which can
+    happen with a user's own class.
     """
     try:
         copied = deepcopy(network).eval()
@@ -120,26 +122,26 @@ def fold(network: nn.Module, layout: torch.memory_format = torch.contiguous_form
         if not (pairs := _foldable(copied, image)):
             raise ValueError("no batch norm follows a convolution")
         for conv, norm in pairs:
-            copied.set_submodule(
-                conv, fuse_conv_bn_eval(_of(copied, conv, nn.Conv2d), _of(copied, norm, nn.BatchNorm2d))
-            )
+            modules: list[Any] = [copied.get_submodule(name) for name in (conv, norm)]
+            copied.set_submodule(conv, fuse_conv_bn_eval(*modules))
             copied.set_submodule(norm, nn.Identity())
         copied.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         difference = (copied(image)[0] - expected).abs().max() / expected.abs().max()
-    except Exception as error:  # code of others
+    except Exception as error:  # a user's own network may raise anything
         raise ValueError(f"{type(network).__name__} cannot be folded: {type(error).__name__}: {error}") from error
     if not difference <= (1e-3 if parameter.dtype == torch.float32 else 0.1):
-        raise ValueError(f"{type(network).__name__} cannot be folded: it predicts something else then")
+        raise ValueError(f"{type(network).__name__} cannot be folded: the folded copy predicts something else")
     return copied
 
 
 def _foldable(network: nn.Module, image: Tensor) -> list[tuple[str, str]]:
-    """Names of convolutions and of the norms that get their outputs, each called once; drops children never called.
+    """Return pairs of names: a convolution and the batch norm that reads its output, each called exactly once.
 
-    Hooks of these modules tell. Tracing by torch.fx would change how modules are called in all threads.
+    Also replaces children of the network that were never called (auxiliary heads) by `Identity`. Forward hooks record
+    the calls, because tracing with torch.fx would change how modules are called in all threads.
     """
     calls: Counter[str] = Counter()
-    made: dict[int, tuple[str, Tensor, int]] = {}  # outputs of convolutions; a version tells what was changed in place
+    made: dict[int, tuple[str, Tensor, int]] = {}  # outputs of convolutions; the version shows a change in place
     pairs: list[tuple[str, str]] = []
 
     def note(name: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
@@ -161,30 +163,23 @@ def _foldable(network: nn.Module, image: Tensor) -> list[tuple[str, str]]:
     return [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1]
 
 
-def _of(network: nn.Module, name: str, kind: type[_M]) -> _M:
-    module = network.get_submodule(name)
-    assert isinstance(module, kind)
-    return module
-
-
 def accelerate(network: nn.Module) -> nn.Module:
-    """Return a network that predicts the same on a CPU and is faster: folded, in `channels_last`.
+    """Return a copy that predicts the same, faster on a CPU: batch norms folded, memory format `channels_last`.
 
-    A network of one's own for which that does not work is returned itself, with a line for debugging.
+    A network that cannot be folded is returned unchanged, and the reason is logged at level DEBUG.
     """
     try:
         return fold(network, torch.channels_last)
     except ValueError as error:
-        log.debug("predicts as it is: %s", error)
+        log.debug("not accelerated: %s", error)
         return network
 
 
 class PositiveBatchNorm(nn.Module):
     """The batch norm of InPlaceABN (arXiv 1712.02616): (B, C, h, w) scaled by |weight| + eps, which is never negative.
 
-    Its state dict has the names of InPlaceABN: weight, bias, running_mean, running_var. The statistics live in a batch
-    norm of their own, so that `SyncBatchNorm.convert_sync_batchnorm` replaces that one and the rule for the scale
-    survives.
+    Its state dict has the names of InPlaceABN: weight, bias, running_mean, running_var. The statistics live in an inner
+    batch norm, so that `SyncBatchNorm.convert_sync_batchnorm` replaces only the inner norm and keeps |weight| + eps.
     """
 
     def __init__(self, channels: int) -> None:
@@ -214,7 +209,7 @@ def _flatten_statistics(_module: nn.Module, state: dict[str, Tensor], prefix: st
 
 
 def _nest_statistics(_module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    # Only a norm without momentum reads the number of batches, so that any will do.
+    # InPlaceABN stores no number of batches. Only a norm with momentum=None reads it, so any value will do.
     state[f"{prefix}statistics.num_batches_tracked"] = torch.tensor(0)
     for name in ("running_mean", "running_var"):
         if f"{prefix}{name}" in state:
@@ -222,7 +217,7 @@ def _nest_statistics(_module: nn.Module, state: dict[str, Tensor], prefix: str, 
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:
-    """Return the norm layer alone, as it stands where no activation follows."""
+    """Return the norm layer of this kind, without an activation."""
     return PositiveBatchNorm(channels) if norm == "inplace_abn" else nn.BatchNorm2d(channels)
 
 
@@ -246,8 +241,8 @@ class ConvNormAct(nn.Module):
     def after_conv(self, x: Tensor, following: Callable[[Tensor], Tensor]) -> Tensor:
         """Return `following(act(bn(x)))` for an output x of the convolution.
 
-        In training only x is kept: the backward pass normalises again, which saves memory. The numbers stay the same,
-        those of dropout as well. `following` may hold no batch norm, which would count twice.
+        In training only x is kept for the backward pass, which computes the rest again to save memory. The numbers stay
+        the same, dropout included. `following` must contain no batch norm, which would update its statistics twice.
         """
 
         def layers(x: Tensor) -> Tensor:
@@ -255,12 +250,12 @@ class ConvNormAct(nn.Module):
 
         if not self.training or torch.compiler.is_compiling():  # a compiler chooses for itself what it keeps
             return layers(x)
-        return checkpoint(layers, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _counting_once(self.bn)))
+        return checkpoint(layers, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _same_statistics(self.bn)))
 
 
 @contextmanager
-def _counting_once(norm: nn.Module) -> Generator[None]:
-    """A norm sees a batch for the second time, and keeps its running statistics as they are."""
+def _same_statistics(norm: nn.Module) -> Generator[None]:
+    """Restore the running statistics of `norm` on leaving: it sees the same batch a second time."""
     before = [buffer.clone() for buffer in norm.buffers()]
     try:
         yield
@@ -270,10 +265,10 @@ def _counting_once(norm: nn.Module) -> Generator[None]:
 
 
 def pool_globally(x: Tensor, norm: nn.Module | None) -> Tensor:
-    """Average (B, C, h, w) over its pixels to (B, C, 1, 1), which `norm`, a layer or a block with a norm, sees next.
+    """Average (B, C, h, w) over its pixels to (B, C, 1, 1), the input of `norm`: a norm, a block with one, or None.
 
-    Raises ValueError where that norm has to estimate a variance from a batch of one. A SyncBatchNorm sees the images of
-    the other devices too, a norm in eval mode estimates nothing, and None normalises nothing.
+    Raises ValueError where a batch norm in training would have to estimate a variance from a batch of one. The check
+    passes a SyncBatchNorm, which also sees the images of other devices, and norms in eval mode.
     """
     estimates = norm is not None and any(isinstance(m, nn.BatchNorm2d) and m.training for m in norm.modules())
     if estimates and x.shape[0] == 1:

@@ -58,14 +58,14 @@ class ResNet18(nn.Module):
 
 
 def initialise(resnet: ResNet18) -> None:
-    """Set the weights that hold until pretrained ones are loaded; the norms keep weight 1 and bias 0.
+    """Set the weights of a network without pretrained ones; the norms keep weight 1 and bias 0.
 
     | layer        | weight                                              | bias |
     |--------------|-----------------------------------------------------|------|
     | convolutions | normal, variance 2 / fan_out (He, for ReLU)         | none |
     | norms        | 1                                                   | 0    |
 
-    Departs: the original code has no weights of its own here, only ImageNet's. These are torchvision's.
+    Departs: the original code always starts from ImageNet weights. This is torchvision's initialisation.
     """
     for module in resnet.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,8 +1,8 @@
 """Losses on logits at the heads' own stride: bilinear upsampling, cross entropy and hard example mining in one.
 
-The heads answer at stride 2 to 16 and the labels have full size, so the upsampling is part of the loss: it need never
-exist as a whole. Online hard example mining (arXiv 1604.03540), here over pixels, averages only the pixels that the
-network still gets wrong, and at least a given number of them.
+The heads give logits at strides 2 to 32 and the labels have full size. Upsampling is part of the loss, so that the
+full-size logits never have to exist as a whole. Online hard example mining (arXiv 1604.03540), here over pixels,
+averages only the pixels with a large loss, and at least a given number of them.
 
 Shapes: N images, C classes, (h, w) the size of a head, (H, W) the size of the labels. Pixels labelled 255 do not count.
 """
@@ -30,20 +30,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TILE = 64  # side of the square of full-size pixels upsampled at a time on the CPU: 19 classes of it stay in cache
-_ONE_AT_A_TIME = threading.RLock()  # held while the number of threads, which belongs to the process, is another
+_TILE = 64  # side in full-size pixels of a tile that the CPU upsamples at a time: 19 classes of it stay in cache
+_THREADS_LOCK = threading.RLock()  # held while the process-wide number of threads is changed
 
 
 class Rule(NamedTuple):
-    """Which pixels are kept, in the kernel's terms."""
+    """Which pixels are kept, and the divisor of their sum, in the form that the kernel takes.
 
-    hard_loss: float  # a pixel is hard above it
-    numerator: int  # n_min; or its numerator as a fraction of the valid pixels, exact: 0.29 of 100 is 29, in float 28
-    denominator: int  # of that fraction, or 0
-    kept_only: bool  # divide by the number kept, not by the larger of it and n_min
+    A fraction of the valid pixels is an exact ratio, because 0.29 * 100 is less than 29 in floating point.
+    """
+
+    hard_loss: float  # a pixel is hard if its loss is larger
+    numerator: int  # n_min is numerator / denominator of the valid pixels; or the numerator itself
+    denominator: int  # 0: n_min is the numerator
+    kept_only: bool  # divide by the number kept; otherwise by max(kept, n_min)
 
 
-_EVERYTHING = Rule(-0.5, 0, 0, True)  # a loss is never negative, so all are above this one
+_EVERYTHING = Rule(-0.5, 0, 0, True)  # keeps every valid pixel: no loss is negative
 
 
 def _rule(threshold: Any, min_kept: Any, normalizer: str) -> Rule:
@@ -80,18 +83,19 @@ class _Criterion(nn.Module):
         self.impl = impl
 
     def forward(self, logits: Tensor, target: Tensor, align_corners: bool = False) -> tuple[Tensor, Tensor]:
-        """Return loss and number of pixels kept; shapes, types and errors as :func:`ohem_cross_entropy`."""
+        """Return the loss and the number of pixels kept; shapes, types and errors as in :func:`ohem_cross_entropy`."""
         return _loss(logits, target, self.rule, align_corners, self.class_weights, self.impl)
 
 
 class OhemCrossEntropy(_Criterion):
     """Cross entropy over the hard pixels of the batch, at least ``min_kept`` of them.
 
-    Arguments as :func:`ohem_cross_entropy`; 0.0625 of the pixels is the reference's rule, a count and
-    ``at_least_n_min`` that of the older V1.
+    Arguments as in :func:`ohem_cross_entropy`. The reference keeps at least 0.0625 of the valid pixels; its older V1
+    uses a count and ``at_least_n_min``.
 
     Raises:
-        ValueError: an argument outside its range; class weights that are negative, infinite or all 0, or meet ``cuda``.
+        ValueError: an argument outside its range; class weights that are negative, infinite or all 0, or that are
+            combined with ``impl="cuda"``.
         RuntimeError: ``impl="cuda"`` without a CUDA device or cuda.core.
     """
 
@@ -107,14 +111,14 @@ class OhemCrossEntropy(_Criterion):
 
 
 class CrossEntropy(_Criterion):
-    """Mean cross entropy over all pixels with a class; arguments and errors as :class:`OhemCrossEntropy`."""
+    """Mean cross entropy over all valid pixels; arguments and errors as in :class:`OhemCrossEntropy`."""
 
     def __init__(self, class_weights: Sequence[float] | None = None, impl: str = "auto") -> None:
         super().__init__(_EVERYTHING, class_weights, impl)
 
 
 def enet_class_weights(counts: np.ndarray) -> list[float]:
-    """1 / ln(1.02 + share of the class among the pixels): from 50.5 for absent classes down to 1.4 (arXiv 1606.02147).
+    """Class weights 1 / ln(1.02 + share of the pixels), from 1.4 to 50.5 for an absent class (arXiv 1606.02147).
 
     Args:
         counts: pixels of each class, int64 (C,), not all 0.
@@ -123,11 +127,11 @@ def enet_class_weights(counts: np.ndarray) -> list[float]:
 
 
 class SupervisedLoss(NamedTuple):
-    """What :class:`DeepSupervision` returns, all 0-d; ``heads`` and ``kept`` start with the main head."""
+    """Result of :class:`DeepSupervision`, all tensors 0-d; ``heads`` and ``kept`` start with the main head."""
 
     total: Tensor  # the loss to minimise: main head + ``aux_weight`` x sum of the auxiliary heads
     heads: tuple[Tensor, ...]  # the loss of each head, unweighted
-    kept: tuple[Tensor, ...]  # int64: the number of pixels that made the loss of each head
+    kept: tuple[Tensor, ...]  # int64: the number of pixels in the loss of each head
 
 
 class DeepSupervision(nn.Module):
@@ -135,7 +139,7 @@ class DeepSupervision(nn.Module):
 
     Args:
         criterion: ``(logits, target, align_corners) -> (loss, kept)``.
-        aux_weight: weight of each auxiliary head, at least 0. A network in eval mode has none.
+        aux_weight: weight of each auxiliary head, at least 0. A network in eval mode returns no auxiliary logits.
     """
 
     def __init__(self, criterion: nn.Module, aux_weight: float = 1.0) -> None:
@@ -177,14 +181,15 @@ def ohem_cross_entropy(
         target: uint8 or int64 (N, H, W), class in [0, C) or 255.
         threshold: probability in (0, 1].
         min_kept: n_min: a float in [0, 1] is a fraction of the valid pixels, rounded down; an int is a count.
-        normalizer: divide by the number ``kept``, or by ``at_least_n_min`` = max(kept, n_min), n_min as asked for: the
-            smaller the share of valid pixels, the smaller the loss.
+        normalizer: divide by the number ``kept``, or by ``at_least_n_min`` = max(kept, n_min). There n_min may exceed
+            the number of valid pixels: the smaller their share, the smaller the loss.
         align_corners: as in ``torch.nn.functional.interpolate``.
         class_weights: float (C,). Pixels are selected by their unweighted losses; the mean over those kept
-            is then the weighted one, sum(w l) / sum(w), times kept / divisor where the divisor is not their number.
+            is then weighted, sum(w l) / sum(w). With ``at_least_n_min`` it is multiplied by kept / max(kept, n_min).
         impl: ``torch`` is PyTorch code for any device, ``cuda`` the fused kernel (``kernels/README.md``), ``auto`` the
-            kernel where it runs: on CUDA, without ``class_weights``, and right in a small example. The log says once
-            which runs, and why. The first call waits for the device: make it before a CUDA graph is captured.
+            kernel if the device is CUDA, there are no ``class_weights``, and the kernel is right in a small example.
+            The choice and its reason are logged once. The first call waits for the device: make it before a CUDA graph
+            is captured.
 
     Returns:
         The loss (float32, or float64 for float64 logits) and the number of pixels kept (int64), both 0-d. Nothing
@@ -217,7 +222,7 @@ def _loss(
             weights = weights * class_weights.to(losses)[target.long().clamp(0, len(class_weights) - 1)]
             weights = weights * (kept / torch.where(weights.any(), weights.sum(), 1.0))
         total = (weights * losses).sum()
-        if logits.numel():  # a NaN counts though it may touch ignored pixels only
+        if logits.numel():  # a NaN makes the loss NaN even if it touches ignored pixels only
             total = total * torch.where(logits.detach().amax().isnan(), math.nan, 1.0)
         return total / divisor, kept
 
@@ -242,7 +247,7 @@ def _kernel_runs(*arguments: Any) -> bool:
 
 @cache
 def _choose(impl: str, device: torch.device, dtype: torch.dtype, label_dtype: torch.dtype, classes: int) -> bool:
-    """Whether the kernel runs; says so, once for each kind of argument."""
+    """Decide whether the kernel runs, and log the choice once for each combination of arguments."""
     if device.type != "cuda" or dtype not in kernel.LOGIT_TYPES:
         if impl == "cuda":
             accepted = ", ".join(map(str, kernel.LOGIT_TYPES))
@@ -261,16 +266,16 @@ def _choose(impl: str, device: torch.device, dtype: torch.dtype, label_dtype: to
 
 
 def _disagreement(device: torch.device, dtype: torch.dtype, label_dtype: torch.dtype, classes: int) -> str | None:
-    """What the kernel gets wrong in a small example; None where it agrees with the PyTorch implementation.
+    """Describe how the kernel differs from the PyTorch implementation in a small example; None where they agree.
 
-    A device or a driver that nobody has tested must not train on a wrong loss.
+    This check keeps an untested device or driver from training on a wrong loss.
     """
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         draw = torch.Generator().manual_seed(0)
         logits = torch.randn(2, classes, 5, 9, generator=draw).to(device, dtype).requires_grad_()
         target = torch.randint(classes, (2, 37, 70), generator=draw).to(device, label_dtype)
         target[:, :5] = kernel.IGNORED
-        for rule in (Rule(math.log(classes), 0, 0, True), Rule(50.0, 1000, 0, True)):  # enough are hard; none is
+        for rule in (Rule(math.log(classes), 0, 0, True), Rule(50.0, 1000, 0, True)):  # many hard pixels; none
             try:
                 found = kernel.ohem(logits, target, *rule, False)[0]
                 slope = torch.autograd.grad(found, logits)[0]
@@ -278,7 +283,7 @@ def _disagreement(device: torch.device, dtype: torch.dtype, label_dtype: torch.d
                 return f"{type(error).__name__}: {error}"
             expected = _loss(logits, target, rule, False, None, "torch")[0]
             true_slope = torch.autograd.grad(expected, logits)[0]
-            # a pixel on the edge of being hard may be kept by one of them
+            # a pixel on the edge of being hard may be kept by only one of the two
             error = (slope - true_slope).abs().max() / true_slope.abs().max().clamp(min=1e-4)
             if not (abs(found - expected) <= 1e-4 + 0.02 * abs(expected) and error <= 0.1):
                 return f"its loss for an example is {found:.5f}, not {expected:.5f}; gradients differ by {error:.1%}"
@@ -288,7 +293,7 @@ def _disagreement(device: torch.device, dtype: torch.dtype, label_dtype: torch.d
 @contextmanager
 def _one_thread(on_host: bool = True) -> Generator[None]:
     """On the CPU: one thread (a parallel region for each tile would wait until all cores are free), no autocast."""
-    with _ONE_AT_A_TIME, torch.autocast("cpu", enabled=False):
+    with _THREADS_LOCK, torch.autocast("cpu", enabled=False):
         threads = torch.get_num_threads()
         torch.set_num_threads(1 if on_host else threads)
         try:
@@ -298,13 +303,13 @@ def _one_thread(on_host: bool = True) -> Generator[None]:
 
 
 def _selection(losses: Tensor, hard_loss: float, n_min: Tensor) -> tuple[Tensor, Tensor]:
-    """With what weight in [0, 1] each pixel is kept, and the number kept.
+    """Return the weight in [0, 1] of each pixel, and the number of pixels kept.
 
-    Kept are the losses above ``hard_loss``, or the ``n_min`` largest where fewer are above. Away from the host nothing
-    is read back from the device: both cases are computed and one is chosen there.
+    The pixels kept are those with losses above ``hard_loss``, or with the ``n_min`` largest losses if fewer are above.
+    On a device other than the CPU both cases are computed and one is chosen there, so that nothing waits for a copy.
     """
     on_host = losses.device.type == "cpu"
-    hard = ~(losses <= hard_loss)  # a NaN too
+    hard = ~(losses <= hard_loss)  # true for NaN as well
     n_hard = hard.count_nonzero()
     if losses.numel() == 0 or (on_host and n_hard >= n_min):
         return hard.to(losses.dtype), n_hard
@@ -328,7 +333,7 @@ def _pixel_losses(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[
         logits = logits.float()
     classes = logits.shape[1]
     if classes > 256:
-        target = target.long()  # a comparison in uint8 would wrap the number
+        target = target.long()  # the number of classes would overflow in a comparison with uint8
     ignored = target == kernel.IGNORED
     unknown = ~ignored & ((target < 0) | (target > classes - 1))
     if on_host and unknown.any():
@@ -352,8 +357,8 @@ def _pixel_losses(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[
 class _TiledCrossEntropy(torch.autograd.Function):
     """Cross entropy of bilinearly upsampled logits for the CPU, one small tile at a time, recomputed backward.
 
-    Tiles stay in cache, which is faster than upsampling the whole although it is done twice, and no tensor as large as
-    the full-size logits is made. Tiles without gradient (nothing hard in them) are skipped.
+    A tile stays in cache. Upsampling tiles twice, forward and backward, is therefore faster than upsampling the whole
+    once, and no tensor of full-size logits is made. The backward pass skips tiles without gradient (no kept pixel).
     """
 
     @staticmethod
@@ -396,7 +401,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 class _Span(NamedTuple):
-    """Up to 64 full-size pixels along one axis: which they are, what they are interpolated from, and how."""
+    """Up to 64 full-size pixels along one axis, the source pixels they are interpolated from, and the weights."""
 
     pixels: slice
     source: slice
@@ -405,7 +410,7 @@ class _Span(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _spans(size: int, full_size: int, align_corners: bool, dtype: torch.dtype) -> list[_Span]:
-    """Cut one axis into spans. The weights are torch's own: what it makes of the unit vectors."""
+    """Cut one axis into spans. Interpolating unit vectors gives the weights exactly as torch computes them."""
     unit = torch.eye(size, dtype=dtype)[None]
     weights = F.interpolate(unit, full_size, mode="linear", align_corners=align_corners)[0].T  # (full_size, size)
     spans: list[_Span] = []

@@ -1,7 +1,8 @@
-"""Exact segmentation scores: integer counts per image and class, one confusion matrix, and what follows from them.
+"""Exact segmentation scores from integer counts: one confusion matrix, and counts per image and class.
 
-IoU is the plain ratio of summed pixels, as in the official Cityscapes evaluation: pixels whose label is ignored count
-nowhere, and a class that occurs neither in the labels nor in the predictions is left out of the mean.
+IoU is the ratio of pixel counts summed over all images, as in the official Cityscapes evaluation. Pixels with an
+ignored label are not counted, and a class that occurs neither in the labels nor in the predictions is left out of the
+mean.
 """
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
@@ -38,9 +39,9 @@ class SegmentationScores(NamedTuple):
     fw_iou: float
     """Mean of ``iou`` weighted by the share of true pixels."""
     pixel_accuracy: float
-    """Share of the valid pixels that are right."""
+    """Share of the valid pixels that are predicted correctly."""
     mean_accuracy: float
-    """Mean of ``recall`` over the classes that are true somewhere."""
+    """Mean of ``recall`` over the classes that occur in the truth."""
     image_index: NDArray[np.int64]
     """(n,) index of each image in its data set, ascending."""
     per_image: NDArray[np.int64]
@@ -52,9 +53,9 @@ class SegmentationScores(NamedTuple):
         return _mean(self.f1)
 
     def category_iou(self, categories: Sequence[str | None]) -> dict[str, float]:
-        """IoU of groups of classes, in which confusing one member with another is no mistake (Cityscapes).
+        """IoU of groups of classes; confusing two classes of one group is no mistake (as in Cityscapes).
 
-        ``categories`` are those of each class, None where it has none. NaN where no class of a category occurs.
+        ``categories`` gives the category of each class, or None. The IoU is NaN where no class of a category occurs.
         """
         found: dict[str, float] = {}
         for category in dict.fromkeys(filter(None, categories)):
@@ -70,9 +71,9 @@ class SegmentationScores(NamedTuple):
         return len(self.image_index)
 
     def to_dict(self, names: Sequence[str], categories: Sequence[str | None] = ()) -> dict[str, Any]:
-        """Plain Python, ready for JSON (NaN becomes None): the means and, under "classes", each class by its name.
+        """Plain Python, ready for JSON (NaN becomes None): the means and, under "classes", the scores by class name.
 
-        With ``categories`` (of each class) that say something, also "category_miou" and, under "categories", each one.
+        If ``categories`` gives any class a category, "category_miou" and "categories" (IoU by category) are added.
         """
         keys = ("miou", "fw_iou", "pixel_accuracy", "mean_accuracy", "mean_f1")
         means = {key: _plain(getattr(self, key)) for key in keys}
@@ -89,10 +90,10 @@ class SegmentationScores(NamedTuple):
 class SegmentationMetric(Metric):
     """Counts pixels over images, batches and ranks; every image must be counted exactly once.
 
-    Counts are int64 and therefore do not depend on the order of images or the number of ranks. Memory: one (C, C)
-    matrix and 3 C + 1 numbers for each image. Images are known by their index in the data set. A sampler that pads
-    so that all ranks see equally many would count some images twice, which shows in the indices: :meth:`compute`
-    then refuses, rather than report a number that depends on the number of ranks.
+    Counts are int64, so that they do not depend on the order of images or the number of ranks. Memory: one (C, C)
+    matrix and 3 C + 1 numbers for each image. An image is identified by its index in the data set. A sampler that
+    repeats images so that all ranks see equally many would count some twice: :meth:`compute` then raises an error
+    rather than report a score that depends on the number of ranks.
 
     Labels and predictions are classes in [0, C), labels also ``ClassTable.ignore_index`` for pixels that do not count.
     """
@@ -116,10 +117,15 @@ class SegmentationMetric(Metric):
         self.images = [self.confusion.new_empty(0, 1 + 3 * self.num_classes)]
 
     def update(self, prediction: Tensor, target: Tensor, index: Tensor) -> None:
-        """Count a batch: integer (B, H, W) and (B, H, W), and the index (B,) of each image in its data set.
+        """Count a batch.
+
+        Args:
+            prediction: integer (B, H, W).
+            target: integer (B, H, W).
+            index: integer (B,), the index of each image in its data set.
 
         Raises:
-            ValueError: shapes that differ, or values that are neither a class nor (in ``target``) ignored.
+            ValueError: shapes that do not fit, or values that are neither a class nor (in ``target``) ignored.
         """
         if prediction.shape != target.shape or target.ndim != 3 or index.shape != target.shape[:1]:
             shapes = " ".join(str(tuple(t.shape)) for t in (prediction, target, index))
@@ -133,7 +139,7 @@ class SegmentationMetric(Metric):
                 also = f" and ignore_index {ClassTable.ignore_index}" if what == "target" else ""
                 raise ValueError(f"{what} holds {unknown}; accepted are the classes 0 to {classes - 1}{also}")
 
-        # One bin per image, truth and prediction, and a last one for all that is ignored.
+        # One bin per image, true class and predicted class, and a last one for all ignored pixels.
         image = torch.arange(n, device=target.device).view(-1, 1, 1)
         cell = ((image * classes + target) * classes + prediction).masked_fill_(ignored, n * classes**2)
         counts = torch.bincount(cell.flatten(), minlength=n * classes**2 + 1)[:-1].view(n, classes, classes)
@@ -175,7 +181,7 @@ class SegmentationMetric(Metric):
 
 
 def _ratio(part: Any, whole: Any) -> Any:
-    """Elementwise quotient in float64, NaN where there is nothing."""
+    """Elementwise quotient in float64, NaN where ``whole`` is 0."""
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
 
 

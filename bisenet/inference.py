@@ -1,8 +1,8 @@
 """From an image to a prediction: protocols, normalisation, views, and how they are merged.
 
-A *view* is the image resized to one scale. The network sees it whole or in overlapping windows, each as it is or
-mirrored; such a piece is a *tile*. Protocols often want the same tiles, which are then forwarded once. Scales are
-relative to the image's own size, or to the size that ``short_side`` gives it first.
+A *view* is the image resized to one scale. The network sees a view whole or in overlapping windows, each as it is or
+mirrored; each of these inputs is a *tile*. A tile that several protocols need is forwarded once. Scales are relative to
+the image's own size, or to the size that ``short_side`` gives it first.
 
 Shapes: B batch, C classes, (H, W) the image, (h, w) a view or a tile of it.
 """
@@ -27,8 +27,8 @@ from bisenet.networks.blocks import accelerate
 if TYPE_CHECKING:
     from bisenet.classes import ClassTable
 
-_TINY, _HUGE = math.ulp(0.0), sys.float_info.max  # the least and the largest positive number
-_SCORES_AT_A_TIME = 2**27  # of one whole view: 512 MiB in float32
+_TINY, _HUGE = math.ulp(0.0), sys.float_info.max  # the smallest and the largest positive float
+_SCORES_AT_A_TIME = 2**27  # scores of one whole view that are upsampled together: 512 MiB in float32
 _AUTOCAST = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _MERGES = ("mean_prob", "log_prob", "reference")
 
@@ -36,6 +36,7 @@ Size = tuple[int, int]  # height and width in pixels
 
 
 def _require(*checks: tuple[str, object, bool, str]) -> None:
+    """Raise ValueError for the first (name, value, is accepted, what is accepted) that is not accepted."""
     for name, value, ok, accepted in checks:
         if not ok:
             raise ValueError(f"{name}: got {value!r}, accepted: {accepted}")
@@ -54,15 +55,15 @@ class Protocol:
     scales: Sequence[float] = (1.0,)
     """The image is resized by each factor; the views are merged."""
     flip: bool = False
-    """Add the mirrored view of each scale."""
+    """Also predict from the mirrored view of each scale."""
     size_multiple: int = 32
     """Whole views are resized to the next multiple of this, in pixels."""
     crop: bool = False
     """Cut each view into overlapping windows instead of showing it whole."""
     window: Sequence[int] | None = None
-    """(height, width) of the windows in pixels; smaller views are padded. Made None where ``crop`` is false."""
+    """(height, width) of the windows in pixels; smaller views are padded. Set to None if ``crop`` is false."""
     short_side: int | None = None
-    """The image is first resized to a shorter side of so many pixels; None: it keeps its size."""
+    """The image is first resized so that its shorter side has this many pixels; None: it keeps its size."""
     stride: float = 2 / 3
     """Distance between windows as a share of the window, rounded up to pixels."""
     merge: str = "mean_prob"
@@ -89,7 +90,7 @@ class Protocol:
 
 
 class Tile(NamedTuple):
-    """What the network sees of a view. Beyond the view's borders lie zeros, the mean colour after normalisation."""
+    """A rectangle of a view, as network input. Outside the view it is 0, the mean colour after normalisation."""
 
     top: int
     left: int
@@ -104,25 +105,28 @@ class Tile(NamedTuple):
 
 
 class View(NamedTuple):
-    """A size that the image is shown in, after another that the scales of its protocol are relative to."""
+    """Two sizes that the image is resized to, one after the other."""
 
     start: Size
+    """The size that the protocol's scales are relative to."""
     size: Size
+    """The size that the network sees, whole or in windows."""
 
 
 class Prediction(NamedTuple):
-    """What a protocol makes of a batch of images."""
+    """Prediction for a batch of images under one protocol."""
 
     train_ids: Tensor
     """(B, H, W) int64."""
     seconds: float
-    """Network and merging. Tiles that protocols share are charged to each, as if it had been alone."""
+    """Time of network and merging. A tile that protocols share counts in full for each of them."""
 
 
 def windows(size: Size, window: Sequence[int], stride: float) -> list[Tile]:
-    """Tiles of a window's size that cover a view.
+    """Return tiles of the window's size that cover a view.
 
-    They lie ``ceil(stride * window)`` apart, the last one shifted in. A smaller view is centred in its window.
+    They lie ``ceil(stride * window)`` apart, and the last one is shifted to end at the border. A view smaller than the
+    window is centred in it.
     """
     spans: list[list[tuple[int, int]]] = []
     for side, length in zip(size, window, strict=True):
@@ -154,7 +158,7 @@ def views(protocol: Protocol, size: Size) -> Iterator[tuple[View, list[Tile]]]:
 
 
 def resize(x: Tensor, size: Size, *, align_corners: bool) -> Tensor:
-    """Bilinear resize of (B, C, h, w); nothing happens when the size is right already."""
+    """Resize (B, C, h, w) bilinearly; returns ``x`` itself if it has that size."""
     if x.shape[-2:] == size:
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
@@ -164,22 +168,26 @@ def resize(x: Tensor, size: Size, *, align_corners: bool) -> Tensor:
 def predict(
     network: nn.Module, image: Tensor, protocols: Sequence[Protocol], max_pixels_per_batch: int | None = None
 ) -> list[Prediction]:
-    """Predict under several protocols in one pass; one prediction for each, in order.
+    """Predict under several protocols in one pass, and return one prediction for each, in order.
 
-    Images are resized to their views with align_corners=True (to a ``short_side`` before that without), as are the
-    scores of whole views before their softmax, and the probabilities of views in windows after it; in between the
-    logits are upsampled to the tile as the network's generation does it. One whole view needs no softmax.
+    Three resizes surround the network:
 
-    Memory: the network's own, and then beside all logits at its stride float32 scores (B, C, H, W): of the image, of
-    the largest view, and of two windows or, for whole views, of the image once more. A single view in windows needs
-    none of its own.
+    - The image is resized to ``short_side`` with align_corners=False, and to the view with align_corners=True.
+    - Logits are upsampled to the tile with the network's ``align_corners``.
+    - Whole views are resized to the image before the softmax, views in windows after it, with align_corners=True.
+
+    A protocol of one whole view needs no softmax.
+
+    Memory: first the network's own. Then the logits of all tiles at the network's stride, and float32 scores
+    (B, C, H, W) of the image, of the largest view, and of two windows (for whole views, of the image once more). A
+    single view in windows that has the image's size uses the scores of the image as its own.
 
     Args:
         network: returns ``SegmentationOutput``; has ``align_corners``.
         image: (B, 3, H, W) float, normalised.
-        protocols: what to predict under.
-        max_pixels_per_batch: tiles of one view are batched up to so many pixels, at least one; None: one at a time on a
-            CPU, which batches make no faster, else up to 2**22.
+        protocols: the protocols.
+        max_pixels_per_batch: tiles of one view are batched up to this many pixels, but at least one tile. None: one
+            tile at a time on a CPU, where batches are no faster, and up to 2**22 pixels elsewhere.
     """
     size: Size = (image.shape[-2], image.shape[-1])
     align_corners = bool(network.align_corners)
@@ -210,14 +218,14 @@ def _pixels(tiles: Iterable[Tile]) -> int:
 
 
 def _now(tensor: Tensor) -> float:
-    """Seconds, once the device has finished its work."""
+    """Return the clock in seconds, after the tensor's device has finished its work."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
     return time.perf_counter()
 
 
 def _forward(network: nn.Module, view: Tensor, wanted: Iterable[Iterable[Tile]], max_pixels: int) -> dict[Tile, Tensor]:
-    """Logits of every tile that is wanted, once, at the network's stride."""
+    """Return the logits of every tile that is wanted, at the network's stride; each tile is forwarded once."""
     distinct = list(dict.fromkeys(tile for tiles in wanted for tile in tiles))
     logits: dict[Tile, Tensor] = {}
     for size in dict.fromkeys(tile.size for tile in distinct):
@@ -232,14 +240,14 @@ def _forward(network: nn.Module, view: Tensor, wanted: Iterable[Iterable[Tile]],
 
 def _cut(view: Tensor, tile: Tile) -> Tensor:
     height, width = view.shape[-2:]
-    piece = F.pad(view, (-tile.left, tile.right - width, -tile.top, tile.bottom - height))  # less than 0 cuts off
+    piece = F.pad(view, (-tile.left, tile.right - width, -tile.top, tile.bottom - height))  # negative padding cuts
     return piece.flip(-1) if tile.mirrored else piece
 
 
 def _classify(logits: Tensor, view: Size, size: Size, *, align_corners: bool) -> Tensor:
     """Train ids (B, H, W) of one whole view: the argmax of its logits, upsampled to the view, then to the image.
 
-    Each class is upsampled by itself, so that taking some at a time bounds memory and changes no bit.
+    Upsampling treats each class independently. Taking some classes at a time bounds memory and changes no bit.
     """
     most = max(1, _SCORES_AT_A_TIME // (len(logits) * max(math.prod(view), math.prod(size))))
 
@@ -251,7 +259,7 @@ def _classify(logits: Tensor, view: Size, size: Size, *, align_corners: bool) ->
     best, train_ids = maximum(0)
     for first in range(most, logits.shape[1], most):
         values, indices = maximum(first)
-        train_ids = torch.where(values > best, indices, train_ids)  # of equal ones the first, as argmax
+        train_ids = torch.where(values > best, indices, train_ids)  # the first of equal values, as argmax
         best = torch.maximum(best, values)
     return train_ids
 
@@ -288,7 +296,7 @@ def _merge(
         for tile in (tile for tile in tiles if not tile.mirrored):
             inside = (..., slice(max(tile.top, 0), tile.bottom), slice(max(tile.left, 0), tile.right))
             within = (..., slice(max(-tile.top, 0), height - tile.top), slice(max(-tile.left, 0), width - tile.left))
-            part = score(view, tile._replace(mirrored=protocol.flip))  # the mirrored one has memory of its own
+            part = score(view, tile._replace(mirrored=protocol.flip))  # mirrored first: the flip copies it
             if protocol.flip:
                 part += score(view, tile)
             if protocol.merge == "reference" and protocol.flip:
@@ -297,21 +305,24 @@ def _merge(
             times[inside] += 1
         if protocol.merge != "reference":
             summed /= times
-        if not is_one:  # each class by itself, which needs little memory and changes no bit
+        if not is_one:  # one class at a time needs little memory and changes no bit
             for into, part in zip(total.split(1, dim=1), summed.split(1, dim=1), strict=True):
                 into += resize(part, size, align_corners=True)
     return total.max(dim=1).indices  # on a CPU several times as fast as argmax
 
 
 def _room(like: Tensor, sizes: Iterable[Size]) -> Callable[[Size], Tensor]:
-    """Memory (B, C, h, w) for one after the other of some sizes: new memory takes as long as what is written there."""
+    """Return a function from (h, w), one of ``sizes``, to a tensor (B, C, h, w); all these tensors share memory.
+
+    Allocating new memory for every tile would take as long as computing what is written there.
+    """
     batch, classes = like.shape[:2]
     memory = like.new_empty(batch * classes * max(map(math.prod, sizes)))
     return lambda size: memory[: batch * classes * math.prod(size)].view(batch, classes, *size)
 
 
 def _upsample(x: Tensor, out: Tensor, *, align_corners: bool) -> Tensor:
-    """As :func:`resize`, into memory that is there."""
+    """As :func:`resize`, but always writes to ``out``, whose size is the new one."""
     return torch.ops.aten.upsample_bilinear2d.out(x, out.shape[-2:], align_corners, None, None, out=out)
 
 
@@ -324,8 +335,8 @@ class Segmenter(nn.Module):
         mean, std: of RGB values, mean in [0, 1] and standard deviation in (0, 1].
         protocols: name -> how an image becomes a prediction; the first is the one that :meth:`forward` and
             :meth:`predict` use. Names become part of scores and files.
-        max_pixels_per_batch: bounds what is forwarded at a time, as in :func:`predict`; None: by the device.
-        precision: ``fp32``, or mixed with ``fp16`` or ``bf16``, of every prediction, also within a training.
+        max_pixels_per_batch: bound on the pixels forwarded at a time, as in :func:`predict`; None: by the device.
+        precision: of every prediction, also during training: ``fp32``, or mixed precision with ``fp16`` or ``bf16``.
     """
 
     mean: Tensor
@@ -342,10 +353,8 @@ class Segmenter(nn.Module):
         precision: str = "fp32",
     ) -> None:
         super().__init__()
-        most, names_ok = (
-            max_pixels_per_batch,
-            len(protocols) > 0 and all(re.fullmatch(r"\w[\w.-]*", name) for name in protocols),
-        )
+        most = max_pixels_per_batch
+        names_ok = len(protocols) > 0 and all(re.fullmatch(r"\w[\w.-]*", name) for name in protocols)
         _require(
             ("mean", mean, _are_numbers(mean, 0, 1) and len(mean) == 3, "three values in [0, 1]"),
             ("std", std, _are_numbers(std, _TINY, 1) and len(std) == 3, "three values in (0, 1]"),
@@ -359,7 +368,7 @@ class Segmenter(nn.Module):
         self.protocols = dict(protocols)
         self.max_pixels_per_batch = max_pixels_per_batch
         self.precision = precision
-        self._faster: tuple[object, nn.Module] | None = None  # a tuple, since it is no part of the model
+        self._faster: tuple[object, nn.Module] | None = None  # in a tuple, so that it is not registered as a submodule
         # In units of raw pixels, so that normalising a uint8 image is one subtraction and one multiplication.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -374,17 +383,17 @@ class Segmenter(nn.Module):
         return self.predictions(image, [first])[first].train_ids
 
     def predictions(self, image: Tensor, names: Iterable[str]) -> dict[str, Prediction]:
-        """(B, 3, H, W) uint8 RGB -> what each of the protocols that are named predicts."""
+        """(B, 3, H, W) uint8 RGB -> a prediction for each of the named protocols."""
         named = {name: self.protocols[name] for name in names}
         with torch.autocast(image.device.type, _AUTOCAST[self.precision], enabled=self.precision != "fp32"):
             found = predict(self._network(), self.normalize(image), list(named.values()), self.max_pixels_per_batch)
         return dict(zip(named, found, strict=True))
 
     def _network(self) -> nn.Module:
-        """What predicts: on a CPU, in fp32 and evaluation mode an accelerated copy with the weights of the moment.
+        """Return the network that predicts: on a CPU, in fp32 and evaluation mode, an accelerated copy of the network.
 
-        Elsewhere the network itself: in half precision folded weights round otherwise, and GPUs were not measured. A
-        network with hooks, which the copy would not call, stays as well.
+        The copy is made again when a weight has changed. In all other cases it is the network itself: folded weights
+        round differently in half precision, GPUs were not measured, and the copy would not call hooks.
         """
         network, on_cpu = self.network, self.mean.device.type == "cpu"
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
@@ -394,7 +403,7 @@ class Segmenter(nn.Module):
             return network
         tensors = [*network.parameters(), *network.buffers()]
         versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        # Not everything that writes to a tensor raises its version: fused optimizers do not, nor does `.data`.
+        # Not every write to a tensor raises its version: fused optimizers do not, nor does `.data`.
         values = [tensor.detach()[(0,) * tensor.ndim] for tensor in tensors if tensor.ndim > 1]
         values = torch.stack(values).tolist() if values else []
         known = id(network), network.align_corners, values, versions
@@ -403,7 +412,7 @@ class Segmenter(nn.Module):
         return self._faster[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_faster": None}  # which a copy makes for itself
+        return self.__dict__ | {"_faster": None}  # a copy makes its own
 
     @torch.inference_mode()
     def predict(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -24,11 +24,11 @@ LOGIT_TYPES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "b
 LABEL_TYPES = {torch.uint8: "uint8", torch.int64: "int64"}
 IGNORED = 255  # label of the pixels that do not count
 KERNELS = ("ohem_forward", "ohem_refine", "ohem_backward")
-MAX_SPECIALIZED_CLASSES = 32  # up to here the kernel is compiled for the very number, which then fits into registers
-_CHUNK = 16  # with more, a block of the backward pass takes so many classes
+MAX_SPECIALIZED_CLASSES = 32  # up to this number the kernel is compiled for it, and a pixel's logits fit in registers
+_CHUNK = 16  # with more classes, a block of the backward pass takes this many
 _TILE_ROWS = 32  # rows of pixels that a block of the forward pass walks down; the most that the source has room for
-_GRADIENT_ROWS = 64  # about so many rows of pixels that a block of the backward pass walks down
-_WARP = 32  # threads of a GPU that run together
+_GRADIENT_ROWS = 64  # rows of pixels that a block of the backward pass walks down, approximately
+_WARP = 32  # threads in a warp
 _MOST_GRADIENT_ROWS = 63  # the most rows of logits that the source has room for
 _STATE_WORDS = 10 + 3 * 2048  # size of ``State`` in the source, in words of 64 bits
 
@@ -36,16 +36,16 @@ Argument = Tensor | int | float
 
 
 class Specialization(NamedTuple):
-    """What the source is compiled for."""
+    """Types and class count that the source is compiled for."""
 
     logit: str
     label: str
     classes: int  # 0: any number
-    offset: str = "int"  # type of the distance of two logits or pixels of an image
+    offset: str = "int"  # type of the offset between two logits or two pixels of an image
 
     @property
     def block(self) -> int:
-        """Threads in a block: shared memory grows with classes and threads."""
+        """Threads in a block; fewer for many classes, because shared memory grows with classes and threads."""
         return 64 if self.classes > 20 else 128
 
     @property
@@ -62,10 +62,13 @@ def source_path() -> Path:
 
 
 def compile_source(arch: str, specialization: Specialization, *, cache: Any = None, logs: Any = None) -> Any:
-    """Compile for an architecture such as ``sm_90``; needs no GPU.
+    """Compile the source to a cubin, a ``cuda.core.ObjectCode``; needs no GPU.
 
-    ``cache`` is a ``cuda.core.utils.ProgramCacheResource`` to look in first; ptxas writes registers and spills to
-    ``logs.write``. Returns a ``cuda.core.ObjectCode`` with a cubin.
+    Args:
+        arch: architecture such as ``sm_90``.
+        specialization: types and class count to compile for.
+        cache: ``cuda.core.utils.ProgramCacheResource`` to look in first; None: always compile.
+        logs: object with a method ``write`` that gets ptxas' report of registers and spills; None: no report.
     """
     from cuda.core import Program, ProgramOptions  # type: ignore[attr-defined]
 
@@ -75,8 +78,7 @@ def compile_source(arch: str, specialization: Specialization, *, cache: Any = No
 
 
 def _load(arch: str, specialization: Specialization) -> dict[str, Any]:
-    """The kernels by name, from the cache on disk or compiled. A cache that fails costs a compilation, no more."""
-
+    """Return the kernels by name, from the cache on disk or compiled. A cache that fails is not used."""
     from cuda.core.utils import FileStreamProgramCache  # type: ignore[import-not-found]
 
     def kernels(cache: Any) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def _load(arch: str, specialization: Specialization) -> dict[str, Any]:
     try:
         return kernels(FileStreamProgramCache())
     except Exception as error:  # a folder that cannot be written, a damaged entry
-        compiled = kernels(None)  # raises again where the cache is not to blame
+        compiled = kernels(None)  # raises again if the cache was not the cause
         _warn_once(f"compiled without cuda.core's cache of programs, which failed: {type(error).__name__}: {error}")
         return compiled
 
@@ -109,8 +111,8 @@ class Library:
         self._launch, self._stream = launch, lru_cache(maxsize=128)(Stream.from_handle)
 
     def launch(self, kernel: str, grid: int, *arguments: Argument) -> None:
-        """Start ``grid`` blocks on the current stream; tensors are pointers, ints have 64 bits and floats 32."""
-        stream = self._stream(torch.cuda.current_stream().cuda_stream or 1)  # CU_STREAM_LEGACY; 0 may mean another
+        """Start ``grid`` blocks on the current stream; tensors become pointers, ints have 64 bits and floats 32."""
+        stream = self._stream(torch.cuda.current_stream().cuda_stream or 1)  # 1: CU_STREAM_LEGACY; 0 may be another
         pointers = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
         values = [np.float32(value) if type(value) is float else value for value in pointers]
         self._launch(stream, self._config(grid), self._kernels[kernel], *values)
@@ -125,13 +127,13 @@ def library(device: torch.device, specialization: Specialization) -> Library:
 def specialize(
     dtype: torch.dtype = torch.float16, label_dtype: torch.dtype = torch.uint8, classes: int = 19, wide: bool = False
 ) -> Specialization:
-    """What the source must be compiled for to take these types and so many classes; ``wide``: 64-bit offsets."""
+    """Return the specialization for these dtypes and this number of classes; ``wide``: 64-bit offsets."""
     known, offset = classes if classes <= MAX_SPECIALIZED_CLASSES else 0, "int64" if wide else "int"
     return Specialization(LOGIT_TYPES[dtype], LABEL_TYPES[label_dtype], known, offset)
 
 
 def missing() -> str | None:
-    """What is missing of a CUDA device and cuda.core; None where the kernel may run. Touches no device."""
+    """Return a message if a CUDA device or cuda.core is missing, None if both are there. Touches no device."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:
@@ -142,7 +144,11 @@ def missing() -> str | None:
 
 
 def why_not(device: torch.device | None = None, *types: Any) -> str | None:
-    """Why the kernel cannot run on a device (the current one), None if it can. Compiles it, for types as `specialize`.
+    """Return why the kernel cannot run on a device, or None if it can. This compiles the kernel.
+
+    Args:
+        device: CUDA device; None: the current one.
+        types: arguments of :func:`specialize`.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, which cannot contain a compilation.
@@ -155,7 +161,7 @@ def why_not(device: torch.device | None = None, *types: Any) -> str | None:
     try:
         with _on(device):
             library(device, specialize(*types))
-    except Exception as error:  # whatever the compiler or the driver says
+    except Exception as error:  # the compiler and the driver may raise anything
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -164,7 +170,7 @@ def why_not(device: torch.device | None = None, *types: Any) -> str | None:
 
 
 class _Axis(NamedTuple):
-    """One axis of the upsampling; ``scale`` is source pixels per full-size pixel in float32, as PyTorch computes it."""
+    """One axis of the upsampling; ``scale`` is logits per full-size pixel in float32, as PyTorch computes it."""
 
     size: int
     full: int
@@ -176,22 +182,22 @@ class _Axis(NamedTuple):
         return cls(size, full, float(np.float32(parts) / np.float32(whole)) if whole else 0.0)
 
     def pixels_near(self, count: int) -> int:
-        """At most so many pixels are interpolated from one of ``count`` neighbours (count + 1 cells)."""
+        """Upper bound of the pixels interpolated from any of ``count`` neighbouring logits (count + 1 cells)."""
         if self.scale == 0:
             return self.full
         exact = math.frexp(self.scale)[0] == 0.5 and self.size == self.scale * self.full  # else rounding may add one
         return min(self.full, math.ceil((count + 1) / self.scale) + (not exact))
 
     def pixels_beside(self, count: int) -> int:
-        """So many neighbouring pixels lie between ``count`` logits or fewer, wherever they begin."""
+        """Number of neighbouring pixels that need at most ``count`` logits, wherever they begin."""
         return self.full if self.scale == 0 else 1 + math.floor(max(count - 3, 0) / self.scale)
 
 
 class _Plan(NamedTuple):
-    """How both passes are launched. A tile is rows and columns: of pixels forward, of logits backward."""
+    """How both passes are launched. A tile is (rows, columns): of pixels forward, of logits backward."""
 
-    geometry: tuple[Argument, ...]  # the arguments of that name in the source, but for tensors
-    grids: tuple[int, int]
+    geometry: tuple[Argument, ...]  # the source's geometry arguments, without tensors
+    grids: tuple[int, int]  # blocks of the forward and of the backward pass
     forward_tile: tuple[int, int]
     backward_tile: tuple[int, int]
 
@@ -199,13 +205,14 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=256)
 def _plan(shapes: tuple[torch.Size, ...], align_corners: bool, specialization: Specialization, block: int) -> _Plan:
     (images, classes, *size), strides, (_, *full) = shapes  # of logits, their strides, of labels
-    most = specialization.block // 2  # columns of logits that shared memory has room for, but for those at the rim
+    most = specialization.block // 2  # columns of logits that shared memory has room for, without those at the rim
     vertical, horizontal = (_Axis.make(*sizes, align_corners) for sizes in zip(size, full, strict=True))
     width = min(block, horizontal.pixels_beside(most + 3))
     fitting = (n for n in range(min(horizontal.size, most), 0, -1) if horizontal.pixels_near(n) <= block)
-    columns = next(fitting, 0)  # whose pixels fit in a row of threads; else one logit to a block, in several turns
+    # As many columns as have pixels for one row of threads. If not even one fits, a block takes one logit in turns.
+    columns = next(fitting, 0)
     if 2 < columns < horizontal.size and (columns + 2) % _WARP <= 2:
-        columns -= (columns + 2) % _WARP  # a warp less then copies the logits beside the pixels
+        columns -= (columns + 2) % _WARP  # one warp less is needed to copy these columns and the two beside them
     rows = min(max(round(_GRADIENT_ROWS * vertical.scale), 1), vertical.size, _MOST_GRADIENT_ROWS) if columns else 1
     columns = max(columns, 1)
     chunks = 1 if specialization.classes else -(-classes // _CHUNK)
@@ -228,10 +235,10 @@ def _prepare(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[Libra
 
 @contextmanager
 def _on(device: torch.device) -> Generator[None]:
-    """Make a CUDA device current, and its context that of this thread, as a launch through the driver needs it.
+    """Make a CUDA device current and bind its context to this thread, which a launch through the driver needs.
 
-    Entering ``torch.cuda.device`` does nothing where the number is current already, as 0 is in a new thread, such as
-    that of a backward pass. ``set_device`` always tells CUDA, which then binds the context (pytorch#195256).
+    ``torch.cuda.device`` does nothing if the device is already current, as device 0 is in a new thread, for example in
+    a backward pass. ``set_device`` always calls CUDA, which then binds the context (pytorch#195256).
     """
     if device.type != "cuda":
         yield
@@ -251,16 +258,20 @@ def ohem(
     kept_only: bool,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Forward pass: loss, number kept, and for the backward pass the loss map (N, H, W) and the selection.
+    """Forward pass of the loss.
 
     Args:
         logits: (N, C, h, w), float32, float16 or bfloat16, any strides.
         target: (N, H, W), uint8 or int64.
-        hard_loss: and the three that follow are :class:`bisenet.losses.Rule`.
-        align_corners: as in ``interpolate``.
+        hard_loss, numerator, denominator, kept_only: the fields of :class:`bisenet.losses.Rule`.
+        align_corners: as in ``torch.nn.functional.interpolate``.
+
+    Returns:
+        The loss (0-d float32), the number of pixels kept (0-d int64), and for the backward pass the loss map
+        (N, H, W) float32 and the selection (3,) float32.
     """
     target = target.contiguous()
-    new = logits.new_empty if target.numel() else logits.new_zeros  # the kernel writes them, where it runs
+    new = logits.new_empty if target.numel() else logits.new_zeros  # without pixels no kernel runs
     loss, losses, selection = (new(shape, dtype=torch.float32) for shape in ((), target.shape, 3))
     kept = new((), dtype=torch.int64)
     if not losses.numel():
@@ -310,7 +321,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     logits, target, *_, align_corners = inputs
     _, kept, losses, selection = output
     ctx.mark_non_differentiable(kept, losses, selection)
-    ctx.set_materialize_grads(False)  # else a gradient of zeros for each of the outputs, one as large as the map
+    ctx.set_materialize_grads(False)  # else autograd allocates zeros for each output, also for the loss map
     ctx.save_for_backward(logits, target, losses, selection)
     ctx.align_corners = align_corners
 

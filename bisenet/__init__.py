@@ -15,17 +15,18 @@ __all__ = ["conf_dir", "load"]
 def load(
     path: "str | PathLike[str]", data: "str | Mapping[str, Any] | None" = None, trust: "Sequence[str]" = ()
 ) -> "Segmenter":
-    """Load a trained model from a checkpoint file or a run directory, with nothing else needed.
+    """Load a trained model from a checkpoint file or a run directory; neither needs any other file.
 
     >>> model = bisenet.load("outputs/demo/2026-01-01_12-00-00")
     >>> train_ids = model.predict(rgb_uint8_array)  # (H, W, 3) -> (H, W)
 
-    Published weights of the reference know no classes; ``data`` names the data set, an option of ``conf/data``, or is a
-    mapping with ``classes``, ``mean`` and ``std``:
+    The reference's published weights contain no class table, so ``data`` gives the data set: the name of an option of
+    ``conf/data``, or a mapping with ``classes``, ``mean`` and ``std``:
 
     >>> model = bisenet.load("model_final_v2_city.pth", data="cityscapes")
 
-    No file runs code: a network of one's own is built only with ``trust=["mynet"]``, the module that it lies in.
+    Loading a file never runs code from it: a network class of your own is built only if ``trust`` lists the module
+    that defines it, as in ``trust=["mynet"]``.
     """
     from bisenet import checkpoint  # torch is imported only when it is needed
 
@@ -33,7 +34,7 @@ def load(
 
 
 def read_data(name: str) -> dict[str, Any]:
-    """What ``conf/data/<name>.yaml`` holds, with what its ``defaults`` add; another name is a ValueError."""
+    """Read ``conf/data/<name>.yaml``, merged over the files in its ``defaults``; an unknown name is a ValueError."""
     import yaml
 
     folder = Path(conf_dir(), "data")

@@ -1,7 +1,7 @@
-"""How fast is a network? Size, latency, throughput and memory over models, image sizes, batches, precisions, runtimes.
+"""Size, latency, throughput and memory of networks over image sizes, batch sizes, precisions and runtimes.
 
-Timed is the network alone, from normalised images on the device to logits at the stride of its main head. With
-``processing`` it is also what makes a mask of a camera's image: transfer, normalisation, upsampling, argmax.
+The clock covers the network alone, from normalised images on the device to logits at the stride of the main head. With
+``processing`` it also covers the steps from a camera's image to a mask: transfer, normalisation, upsampling, argmax.
 """
 
 import csv
@@ -66,8 +66,10 @@ RUNTIMES: dict[str, Callable[[nn.Module, Tensor], Run]] = {
     "onnxruntime": partial(_exported, "onnxruntime"),
     "openvino": partial(_exported, "openvino"),
 }
-"""Name -> what prepares a network in evaluation mode for images like the one given: ``folded`` has its batch norms in
-the convolutions and ``channels_last``, ``compiled`` is torch.compile's; the others run its export to ONNX on the CPU.
+"""Name -> function that prepares a network in evaluation mode for images like the given one.
+
+``eager`` runs the network as it is; ``folded`` folds batch norms into convolutions and uses ``channels_last``;
+``compiled`` uses torch.compile; the others export the folded network to ONNX and run it on the CPU.
 """
 
 
@@ -88,16 +90,17 @@ def benchmark(
     Args:
         models: name -> network, and its mIoU in [0, 1] if it is known.
         sizes: height and width of the images, at least 64.
-        batches: images in a run.
-        precisions: of weights and images, keys of :data:`PRECISIONS`.
+        batches: numbers of images in a run.
+        precisions: types of weights and images, keys of :data:`PRECISIONS`.
         runtimes: keys of :data:`RUNTIMES`.
         device: where the networks run, ``cpu`` or ``cuda``.
-        processing: time transfer, normalisation, upsampling and argmax as well.
-        warmup: runs before the clock starts.
-        runs: that are timed, one by one, each until the device is done.
+        processing: also time transfer, normalisation, upsampling and argmax.
+        warmup: number of runs before the clock starts.
+        runs: number of timed runs; each is timed by itself, until the device has finished.
 
     Returns:
-        Plain data: ``rows``, what was not measured (``failed``: where -> why) and the ``provenance``.
+        Plain data: ``rows`` of measurements, ``failed`` (combination -> reason), ``device``, ``timed`` (the steps that
+        the clock covers) and ``provenance``.
 
     Raises:
         ValueError: an argument that is not accepted.
@@ -117,7 +120,7 @@ def benchmark(
                "runtime": runtime} | facts[name, *size]  # fmt: skip
         try:
             measured = _measure(network, size, batch, precision, runtime, device, processing, warmup, runs)
-        except Exception as error:  # a runtime fails in any way, and costs the others nothing
+        except Exception as error:  # a runtime may raise anything, and the others go on
             where = ", ".join(str(row[key]) for key in ("model", "size", "batch", "precision", "runtime"))
             failed[where] = " ".join(str(error).split())[:200] or type(error).__name__
             log.warning("%s failed: %s", where, failed[where])
@@ -128,7 +131,7 @@ def benchmark(
 
 
 def describe(network: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
-    """Parameters of training and of inference (without auxiliary heads), and multiply-adds of an image in 10^9."""
+    """Count the parameters in training and in inference (without auxiliary heads), and 10^9 multiply-adds per image."""
     auxiliary = tuple(f"{head}." for head in getattr(network, "head_names", ())[1:])
     counts = {name: parameter.numel() for name, parameter in network.named_parameters()}
     with FlopCounterMode(display=False) as counter:
@@ -172,14 +175,19 @@ def _measure(
 
 
 def _memory(device: str, reset: bool = False) -> float | None:
-    """Bytes in use (``reset``), or the most that were since; on a CPU those of the process, where Linux tells."""
+    """Return the peak of bytes in use since the last reset; with ``reset``, reset it and return the bytes in use now.
+
+    On a CPU these are bytes of the process, or None on systems other than Linux with glibc.
+    """
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats() if reset else None
-        return torch.cuda.memory_allocated() if reset else torch.cuda.max_memory_allocated()
+        if not reset:
+            return torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     try:
         if reset:
             gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # else what earlier runs gave back counts as in use
+            ctypes.CDLL(None).malloc_trim(0)  # else memory that earlier runs freed counts as in use
             Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
     except (OSError, AttributeError, TypeError):  # no Linux, or another C library
@@ -188,14 +196,14 @@ def _memory(device: str, reset: bool = False) -> float | None:
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith(key)), None)
 
 
-# ---------------------------------------------------------------- for people
+# ---------------------------------------------------------------- output
 
 _SIZES = ("model", "size", "parameters_training", "parameters", "gmacs", "miou")
 _SPEEDS = ("batch", "size", "precision", "runtime", "median_ms", "p90_ms", "p99_ms", "images_per_second", "peak_mib")
 
 
 def write(found: Mapping[str, Any], folder: Path) -> None:
-    """Write ``benchmark.json`` and ``benchmark.csv``, and ``benchmark.png`` where an mIoU is known; print the table."""
+    """Write ``benchmark.json`` and ``benchmark.csv``, and ``benchmark.png`` if an mIoU is known; print the tables."""
     rows, versions, hardware = found["rows"], found["provenance"]["versions"], found["provenance"]["hardware"]
     report.write_json(folder / "benchmark.json", found)
     if rows:

@@ -1,4 +1,4 @@
-"""Models out: files for other runtimes, each compared with the network before it is called done, and model folders."""
+"""Export a model to files for other runtimes, each compared with the network before it is kept, and model folders."""
 
 import json
 import logging
@@ -41,12 +41,12 @@ FILES = {
     "torch_export": (".pt2",),
     "tensorrt": (".onnx", ".engine"),
 }
-"""Formats of a runtime, and the suffixes of their files."""
+"""Format of a runtime -> suffixes of its files."""
 FORMATS = (*FILES, "folder", "reference")
 DTYPES = {"fp32": 0.999, "fp16": 0.99, "int8": 0.9}
-"""Numbers that files compute with, and the least share of labels that must be the network's."""
+"""Number type that a file computes with -> least share of labels that must equal the network's."""
 SIZES = ((128, 256), (97, 131), (257, 193))
-"""Height and width of the images that a file which takes any size is compared at."""
+"""Heights and widths of the images on which a file for any size is compared with the network."""
 
 
 class Deployed(nn.Module):
@@ -81,23 +81,23 @@ class Deployed(nn.Module):
 
 @dataclass
 class Export:
-    """Which files to write of a model. Everything is checked before a model is needed.
+    """Options of an export. They are checked here, before a model is read.
 
     Args:
         format: one or several of :data:`FORMATS`. ``folder`` is a model folder by the hub's conventions, ``reference``
             a ``model_final.pth`` for the reference's own tools.
         folder: where the files go; none of them may exist.
-        output: ``mask`` (train ids, uint8), ``logits`` or ``probabilities``, at the size of the image; None: a mask, of
-            ncnn, which has no argmax, logits.
-        normalization: ``inside``: the file takes raw RGB in [0, 255]; ``outside``: normalised images.
+        output: ``mask`` (train ids, uint8), ``logits`` or ``probabilities``, at the size of the image; None: a mask, or
+            logits for ncnn, which has no argmax.
+        normalization: ``inside``: the file takes raw RGB in [0, 255]; ``outside``: it takes normalised images.
         dtype: ``fp32``, ``fp16``, or ``int8``, quantised after training (ONNX, OpenVINO).
-        batch: images at a time; None: any number.
-        size: (height, width) of the images; None: any.
-        least_agreement: share of labels that must be the network's, else a file is refused; None: by the dtype.
-        license: of the weights, as it will stand in the file.
+        batch: fixed number of images in a batch; None: any number.
+        size: fixed (height, width) of the images; None: any.
+        least_agreement: a file is refused if a smaller share of its labels equals the network's; None: :data:`DTYPES`.
+        license: license of the weights, recorded in the file.
 
     Raises:
-        FileExistsError: a file is there already.
+        FileExistsError: one of the files exists already.
         ValueError: a value that is not accepted; the message begins with its name.
     """
 
@@ -134,7 +134,7 @@ class Export:
             raise FileExistsError(f"folder: {existing[0]} exists; accepted: another folder")
 
     def files(self, kind: str) -> list[Path]:
-        """What a format writes."""
+        """Return the paths that a format writes."""
         stem = "model" if self.dtype == "fp32" else f"model_{self.dtype}"
         names = {"folder": ["model"], "reference": ["model_final.pth"]}
         return [self.folder / name for name in names.get(kind) or [stem + suffix for suffix in FILES[kind]]]
@@ -149,16 +149,17 @@ class Export:
         """Write every format, and ``export.json``.
 
         Args:
-            read: what the segmenter was read from.
+            read: the checkpoint that the segmenter was made from.
             segmenter: the model.
-            hyper_parameters: of its training; its name and data set stand in the files, for an evaluation.
-            images: RGB uint8 (H, W, 3) of the training, to calibrate int8 and to compare on; none: synthetic scenes.
+            hyper_parameters: those of the training; ``name`` and ``data`` are copied to the files, for an evaluation.
+            images: RGB uint8 (H, W, 3) training images, to calibrate int8 and to compare on; none: the comparison uses
+                synthetic scenes, and int8 is refused.
 
         Returns:
-            For each format the files, their bytes, the share of labels that are the network's, the largest difference.
+            For each format: the files, their bytes, and how closely they agree with the network.
 
         Raises:
-            ValueError: an export disagrees with the network, or cannot be made; all others are written.
+            ValueError: some exports could not be made or disagree with the network; all others are written.
         """
         if isinstance(read, checkpoint.ExportedCheckpoint):
             raise ValueError(f"checkpoint: {read.path} is an export already; accepted: what it was made from")
@@ -178,7 +179,7 @@ class Export:
 
 @dataclass
 class _Work:
-    """One model on its way out; the arguments are those of :meth:`Export.run`."""
+    """Writer of all formats of one model; the arguments are those of :meth:`Export.run`."""
 
     options: Export
     read: checkpoint.Checkpoint
@@ -189,12 +190,12 @@ class _Work:
     def __post_init__(self) -> None:
         self.calibrated = len(self.images) > 0
         self.images = self.images or [render_scene(0, "val", number, (256, 512))[0] for number in range(2)]
-        self.program, self.onnx = cache(self._make_program), cache(self._make_onnx)  # several formats begin with them
+        self.program, self.onnx = cache(self._make_program), cache(self._make_onnx)  # shared by several formats
         self.source = self.read.path.parent if self.read.path.suffix == ".safetensors" else self.read.path
         self.commit = report.provenance({})["commit"]
 
     def make(self, kind: str) -> dict[str, Any]:
-        """Write one format aside, compare it with the network, and put it in its place."""
+        """Write one format to a temporary folder, compare it with the network, and move it to its place."""
         files = self.options.files(kind)
         self.options.folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=self.options.folder, prefix=".") as aside:
@@ -206,18 +207,18 @@ class _Work:
         sizes = [sum(f.stat().st_size for f in ([*file.iterdir()] if file.is_dir() else [file])) for _, file in written]
         return {"files": [str(file) for _, file in written], "bytes": sum(sizes), **found}
 
-    # ------------------------------------------------------------ what all have
+    # ------------------------------------------------------------ shared by the formats
 
     def output(self, kind: str) -> str:
-        """Of a format."""
+        """Return the kind of output of a format: ``mask``, ``logits`` or ``probabilities``."""
         return self.options.output or ("logits" if kind == "ncnn" else "mask")
 
     def deployed(self, output: str, half: bool) -> Deployed:
-        """The network as it is exported."""
+        """Return the module to export, in evaluation mode."""
         return Deployed(self.segmenter, output, self.options.normalization, half).eval()
 
     def facts(self, kind: str) -> str:
-        """What stands in the file, as JSON."""
+        """Return the JSON that is stored in the file: :meth:`content`, and how the file was made."""
         options, size = self.options, self.options.size
         made = {
             "format": kind,
@@ -236,12 +237,15 @@ class _Work:
         return json.dumps({**self.content(), "export": made})
 
     def content(self) -> dict[str, Any]:
-        """What a checkpoint holds but for the weights."""
+        """Return the content of a checkpoint without its weights."""
         portable = checkpoint.portable(self.read.network, self.segmenter, self.read.data)
         return {"bisenet": portable, "global_step": self.read.step, "hyper_parameters": self.hyper_parameters}
 
     def inputs(self, images: Sequence[np.ndarray], size: tuple[int, int] | None, batch: int) -> tuple[Tensor, Tensor]:
-        """A batch of images, of one size, as the file takes it, and normalised."""
+        """Return a batch of resized images (B, 3, H, W) float32, as the file takes them and normalised.
+
+        ``images`` are repeated to fill the batch; without ``size`` they get the size of the first.
+        """
         size = size or images[0].shape[:2]  # type: ignore[assignment]
         some = [images[number % len(images)] for number in range(batch)]
         pixels = np.stack([cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA) for image in some])
@@ -251,15 +255,18 @@ class _Work:
 
     @torch.inference_mode()
     def compare(self, kind: str, run: runtimes.Run) -> dict[str, Any]:
-        """How far a file is from the network.
+        """Compare the outputs of a file with the network's, at several sizes.
+
+        Returns:
+            The smallest share of equal labels, and for logits or probabilities the largest difference.
 
         Raises:
-            ValueError: too far.
+            ValueError: the share of equal labels is too small.
         """
         options, network = self.options, self.segmenter.network
         share, largest, output = 1.0, 0.0, self.output(kind)
         own = self.images[0].shape[:2]
-        sizes = [own, tuple(side - 8 | 1 for side in own)] if self.calibrated else SIZES  # int8 knows no others
+        sizes = [own, tuple(side - 8 | 1 for side in own)] if self.calibrated else SIZES  # int8 is calibrated at this size
         for number, (height, width) in enumerate([options.size] if options.size else sizes):
             batch = options.batch or (2 if number == 0 else 1)
             given, normalized = self.inputs(self.images[number % len(self.images) :], (height, width), batch)
@@ -280,7 +287,7 @@ class _Work:
         return {"equal_labels": share} | ({} if output == "mask" else {f"largest_difference_of_{output}": largest})
 
     def _make_program(self, output: str, half: bool) -> Any:
-        """The graph, by torch.export."""
+        """Return the network as a program of torch.export."""
         options, dynamic = self.options, torch.export.Dim.DYNAMIC
         shape = options.batch or 2, 3, *(options.size or (96, 160))
         free = ({} if options.batch else {0: dynamic}) | ({} if options.size else {2: dynamic, 3: dynamic})
@@ -290,13 +297,16 @@ class _Work:
         return runtimes.to_onnx(self.program(output, half))
 
     def quantized(self, model: Any, wrap: Callable[[np.ndarray], Any]) -> Any:
-        """A model of ONNX or OpenVINO in int8, calibrated on the training's images."""
+        """Return a model of ONNX or OpenVINO quantised to int8, calibrated on training images.
+
+        ``wrap`` turns a batch into the input of the model.
+        """
         if not self.calibrated:
             raise ValueError("dtype: int8 needs images of the training to calibrate on; accepted: fp32 | fp16")
         nncf = runtimes.import_extra("nncf", "export")
         size: Any = self.options.size
         batches = [self.inputs([image], size, self.options.batch or 1)[0].numpy() for image in self.images]
-        # A scale for each channel of an activation is nothing that ONNX Runtime takes.
+        # ONNX Runtime does not support per-channel scales of activations.
         parts = nncf.quantization.advanced_parameters
         advanced = nncf.AdvancedQuantizationParameters(
             activations_quantization_params=parts.QuantizationParameters(per_channel=False),
@@ -332,17 +342,17 @@ class _Work:
         openvino.save_model(model, file, compress_to_fp16=self.options.dtype == "fp16")
         return self.compare("openvino", runtimes.open_file(file).run)
 
-    def _ncnn(self, file: Path, _weights: Path, facts: Path) -> dict[str, Any]:
+    def _ncnn(self, file: Path, weights: Path, facts: Path) -> dict[str, Any]:
         pnnx = Path(runtimes.import_extra("pnnx", "export").__file__).with_name("pnnx")
         sizes = [self.options.size] * 2 if self.options.size else [(96, 160), (131, 97)]
         shapes = [f"inputshape{n}=[1,3,{h},{w}]f32" for n, (h, w) in zip(("", "2"), sizes, strict=True)]
         with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes that a condition reads
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # conditions on the image's size
             network = self.deployed(self.output("ncnn"), half=False)
             traced: Any = torch.jit.trace(network, torch.zeros(1, 3, *sizes[0]), check_trace=False)
         traced.save(str(file.with_name("model.pt")))
         command = [str(pnnx), "model.pt", *shapes[: 1 if self.options.size else 2],
-                   f"ncnnparam={file.name}", f"ncnnbin={_weights.name}",
+                   f"ncnnparam={file.name}", f"ncnnbin={weights.name}",
                    f"fp16={int(self.options.dtype == 'fp16')}"]  # fmt: skip
         done = subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=False)
         if not file.exists():
@@ -358,7 +368,7 @@ class _Work:
         return self.compare("torch_export", lambda image: module(torch.from_numpy(image)).numpy())
 
     def _tensorrt(self, onnx: Path, engine: Path) -> dict[str, Any]:
-        """The ONNX file that an engine is built from is compared; the engine itself is not."""
+        """Build an engine if trtexec is here. Only the ONNX file that it is built from is compared with the network."""
         found, final = self._onnx(onnx), self.options.files("tensorrt")
         batch, size = self.options.batch, self.options.size
         most = {"min": (1, (64, 64)), "opt": (1, (512, 1024)), "max": (4, (1024, 2048))}
@@ -389,7 +399,7 @@ class _Work:
         folder.mkdir()
         content = deepcopy(self.content())
         if data := content["hyper_parameters"]["data"]:
-            data["root"] = f"data/{data['name']}"  # not where it lies here
+            data["root"] = f"data/{data['name']}"  # not this machine's path
         state = {name: tensor.contiguous() for name, tensor in self.segmenter.network.state_dict().items()}
         (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
         report.write_json(folder / "config.json", {"library_name": "bisenet", "model_type": "bisenet", **content})
@@ -399,11 +409,11 @@ class _Work:
         (folder / "README.md").write_text(self.card(), encoding="utf-8")
         written = checkpoint.read(folder).weights
         if written.keys() != state.keys() or not all(torch.equal(written[name], state[name]) for name in state):
-            raise ValueError("what is read from the folder is not what was written")
+            raise ValueError("the weights read from the folder differ from those written")
         return {"tensors": len(state)}
 
     def card(self) -> str:
-        """The model card: front matter of the hub, what the model is, its scores where a run has them, its classes."""
+        """Return the model card: the hub's front matter, a description, the run's scores if known, and the classes."""
         classes = self.segmenter.classes
         name = self.hyper_parameters["name"] or self.read.path.stem
         node, data = self.read.network, self.read.data
@@ -425,7 +435,7 @@ class _Work:
         return "\n".join(lines) + "\n"
 
     def scores(self) -> list[str]:
-        """What the run's own results say, with protocol, split and commit."""
+        """Return the table of scores from the run's results, with protocol, split and commit."""
         run = self.read.path.parent.parent
         if not (run / "results.json").is_file():
             return ["Not known: the weights come without the results of a run."]

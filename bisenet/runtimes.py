@@ -1,8 +1,9 @@
-"""Exported files in the runtimes that they were made for: ONNX Runtime, OpenVINO, ncnn. No file runs code.
+"""Run exported files in ONNX Runtime, OpenVINO or ncnn. Loading a file runs no code from it.
 
-An exported file takes RGB images ``image``, float32 (B, 3, H, W): raw ones in [0, 255], or normalised ones where
-normalisation was left outside. It gives ``output``, at the size of the image: a ``mask`` of train ids, uint8 (B, H, W),
-or ``logits`` or ``probabilities``, float32 (B, C, H, W). What it is stands in it as JSON (:attr:`Exported.facts`).
+The input ``image`` of an exported file is RGB float32 (B, 3, H, W): raw in [0, 255], or normalised if the file was
+exported with ``normalization=outside``. Its ``output`` has the size of the image: a ``mask`` of train ids, uint8
+(B, H, W), or ``logits`` or ``probabilities``, float32 (B, C, H, W). JSON in the file describes it, see
+:attr:`Exported.facts`.
 
 >>> exported = open_file("model.onnx")
 >>> output = exported.run(np.zeros((1, 3, 512, 1024), np.float32))
@@ -26,9 +27,9 @@ from torch.nn import functional as F
 from bisenet.networks import SegmentationOutput
 
 LARGEST_FILE = 2**31
-"""Bytes of a file with its weights; a larger one is not read. ONNX cannot be larger."""
+"""Most bytes of a file and its weights; larger ones are not read. ONNX files cannot be larger."""
 KEY = "bisenet"
-"""Name of the facts in a file's own metadata."""
+"""Key of the facts (JSON) in the metadata of a file."""
 
 OUTPUTS = ("mask", "logits", "probabilities")
 NORMALIZATIONS = ("inside", "outside")
@@ -45,17 +46,17 @@ class Exported:
 
     path: Path
     facts: dict[str, Any]
-    """What a checkpoint holds but for the weights, and under ``export`` how the file was made."""
+    """The content of a checkpoint without its weights, and under ``export`` how the file was made."""
     runtime: str
-    """Name and version of what runs it."""
+    """Name and version of the runtime."""
     run: Run
-    """Input (B, 3, H, W) float32 -> output; of a file with a fixed batch or size only what it was made for."""
+    """Input (B, 3, H, W) float32 -> output. If the file has a fixed batch or size, it takes only that one."""
 
 
 def import_extra(module: str, extra: str) -> Any:
-    """Import a module that an extra of the package brings; without it a ValueError names the extra."""
+    """Import a module that an extra of the package installs; if it is missing, a ValueError names the extra."""
     if module in ("openvino", "nncf"):
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # else they report to a server
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # else they send telemetry
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -65,11 +66,11 @@ def import_extra(module: str, extra: str) -> Any:
 
 
 def to_onnx(program: Any) -> bytes:
-    """A program of ``torch.export`` with one input and one output as ONNX, where they are ``image`` and ``output``."""
+    """Convert a program of ``torch.export`` with one input and one output to ONNX; names: ``image``, ``output``."""
     for module in ("onnx", "onnxscript", "onnxruntime"):
         import_extra(module, "export")
     for name in ("onnx_ir", "onnxscript", "torch.onnx"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # they tell each step
+        logging.getLogger(name).setLevel(logging.ERROR)  # they log every step
     made = torch.onnx.export(
         program, dynamo=True, input_names=["image"], output_names=["output"], external_data=False, verbose=False
     )
@@ -78,7 +79,7 @@ def to_onnx(program: Any) -> bytes:
 
 
 def run_onnx(runtime: str, model: bytes, threads: int, precision: str = "f32") -> Run:
-    """A model of :func:`to_onnx` in ``onnxruntime`` or ``openvino``, which alone knows lower precision, bf16 or f16."""
+    """Load a model of :func:`to_onnx` in ``onnxruntime`` (f32 only) or ``openvino`` (f32, bf16 or f16)."""
     module = import_extra(runtime, "export")
     if runtime == "openvino":
         return _openvino(module, model, threads, precision)[1]
@@ -91,12 +92,12 @@ def open_file(path: str | PathLike[str], threads: int | None = None) -> Exported
     """Load an exported file: ``.onnx``, the ``.xml`` of OpenVINO, or the ``.param`` of ncnn, to run on the CPU.
 
     Args:
-        path: the file; beside it lie the weights of OpenVINO and ncnn, in a ``.bin``, and ncnn's facts, in ``.json``.
-        threads: of one run; None: as many as torch takes.
+        path: the file; the weights of OpenVINO and ncnn (``.bin``) and the facts of ncnn (``.json``) lie beside it.
+        threads: threads of a run; None: as many as torch uses.
 
     Raises:
-        FileNotFoundError: no such file, or what belongs to it is missing.
-        ValueError: a damaged or a foreign file, or its runtime is not installed.
+        FileNotFoundError: the file, or one that must lie beside it, does not exist.
+        ValueError: the file is damaged or was not written by an export, or its runtime is not installed.
     """
     path = Path(path).expanduser()
     runtime, beside, reader = READERS[path.suffix]
@@ -108,7 +109,7 @@ def open_file(path: str | PathLike[str], threads: int | None = None) -> Exported
     module = import_extra(runtime, "export")
     try:
         text, run = reader(module, path, threads or torch.get_num_threads())
-    except Exception as error:  # each runtime raises its own
+    except Exception as error:  # each runtime has its own errors
         raise ValueError(f"{path} cannot be read by {module.__name__}: {' '.join(str(error).split())[:200]}") from error
     try:
         facts: Any = json.loads(text) if 0 < len(text) <= _LARGEST_FACTS else None
@@ -135,7 +136,7 @@ def _openvino(openvino: Any, model: Path | bytes, threads: int, precision: str =
     core = openvino.Core()
     network = core.read_model(model)
     text = network.get_rt_info(KEY).value if network.has_rt_info(KEY) else ""
-    # Where a processor has bfloat16, OpenVINO would compute in it unasked.
+    # By default OpenVINO computes in bfloat16 on processors that support it.
     options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
     compiled = core.compile_model(network, "CPU", options)
     return text, lambda image: compiled(image)[0]
@@ -146,12 +147,12 @@ def _ncnn(ncnn: Any, path: Path, threads: int) -> tuple[str, Run]:
     net = ncnn.Net()
     net.opt.num_threads, net.opt.use_vulkan_compute = threads, False
     for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
-        setattr(net.opt, option, False)  # of the computation; weights in fp16 are read as well
+        setattr(net.opt, option, False)  # the precision of computing; a file with fp16 weights still loads
     if net.load_param(str(path)) or net.load_model(str(path.with_suffix(".bin"))):
         raise ValueError("no network in its .param, or not its weights in its .bin")
 
     def run_one(image: np.ndarray) -> np.ndarray:
-        image = np.ascontiguousarray(image)  # a Mat takes the memory as if it were, and does not keep it
+        image = np.ascontiguousarray(image)  # a Mat assumes this, and does not keep the array alive
         extractor = net.create_extractor()
         extractor.input("in0", ncnn.Mat(image))
         return np.array(extractor.extract("out0")[1])
@@ -164,18 +165,20 @@ READERS: dict[str, tuple[str, tuple[str, ...], Callable[[Any, Path, int], tuple[
     ".xml": ("openvino", (".bin",), _openvino),
     ".param": ("ncnn", (".bin", ".json"), _ncnn),
 }
-"""Suffix of an exported file -> its runtime, suffixes of what lies beside it, and what reads it."""
+"""Suffix of an exported file -> its runtime, the suffixes of the files beside it, and the function that reads it."""
 
 
 class RuntimeNetwork(nn.Module):
     """An exported file as a network: a normalised image (B, 3, H, W) -> logits at the size of the image.
 
-    Logarithms of probabilities take the place of logits, which changes no prediction. A mask becomes 1 for its class
-    and 0 for the others: exact for one whole view of the size of the image; several views vote.
+    For a file that outputs probabilities the logits are their logarithms, which changes no prediction. For a file that
+    outputs masks they are 1 for the predicted class and 0 for the others, which is exact for a protocol of one whole
+    view at the size of the image; with several views, the masks vote.
 
     Args:
         exported: the file.
-        mean, std: in [0, 1], which the image was normalised with.
+        n_classes: channels of the logits.
+        mean, std: values in [0, 1] that images are normalised with.
     """
 
     head_names = ("output",)
@@ -192,7 +195,7 @@ class RuntimeNetwork(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> SegmentationOutput:
-        """Run the file, in batches of the size that it takes.
+        """Run the file, in batches of its fixed size if it has one.
 
         Raises:
             ValueError: the file takes images of another size.

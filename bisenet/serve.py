@@ -1,7 +1,8 @@
-"""A model behind HTTP, by LitServe: an image in, a mask out, and a page to look at it in.
+"""Serve a model over HTTP with LitServe: image in, mask out, and a web page to try it.
 
-``POST /predict`` takes the bytes of one image as its body. ``GET /`` is the page, ``GET /info`` says which classes
-there are, ``GET /health`` whether it is ready. A request names no path and no URL: it is an image or is refused.
+``POST /predict`` takes the bytes of one image as its body. ``GET /`` is the page, ``GET /info`` lists the classes, and
+``GET /health`` says whether the server is ready. A request cannot name a path or a URL: a body that is not an image is
+refused.
 """
 
 import json
@@ -27,12 +28,14 @@ from bisenet.report import overlay
 
 @dataclass
 class Posted:
-    """One request, checked."""
+    """A request that has been checked."""
 
     image: np.ndarray
     """RGB uint8 (H, W, 3)."""
     output: str
+    """``mask``, ``overlay`` or ``runs``."""
     alpha: float
+    """Opacity of the mask in an overlay, in [0, 1]."""
 
 
 async def posted(
@@ -40,7 +43,7 @@ async def posted(
     output: Literal["mask", "overlay", "runs"] = "mask",
     alpha: Annotated[float, Query(ge=0, le=1)] = 0.5,
 ) -> Posted:
-    """Read a request, before it meets the others of its batch: 413 for one that is too large, 400 for no image."""
+    """Read and check a request before it joins a batch: status 413 if it is too large, 400 if it is no image."""
     limits, content = request.app.state, bytearray()
     async for part in request.stream():
         content += part
@@ -54,23 +57,23 @@ async def posted(
 
 
 class Api(litserve.LitAPI):
-    """Segments the images of a batch, those of one size at once."""
+    """Segments the images of a batch; images of the same size are predicted together."""
 
     def __init__(self, path: str, data: dict[str, Any] | None, trust: Sequence[str], **batching: Any) -> None:
         super().__init__(**batching)
         self.path, self.data, self.trust = path, data, trust
 
     def setup(self, device: str) -> None:
-        """Load the model, in each worker."""
+        """Load the model; LitServe calls this in each worker."""
         self.segmenter = checkpoint.read(self.path, self.data).segmenter(trust=self.trust).to(device)
 
     def decode_request(self, request: Annotated[Posted, Depends(posted)]) -> Posted:
-        """Nothing is left to do."""
+        """Return the request unchanged: :func:`posted` has decoded it."""
         return request
 
     @torch.inference_mode()
     def predict(self, x: Any) -> Any:
-        """Requests, or one of them -> each with its mask, uint8 (H, W)."""
+        """Pair each request with its mask, uint8 (H, W); ``x`` is a list of requests, or one if batches have one."""
         requests: list[Posted] = x if isinstance(x, list) else [x]
         masks: dict[int, np.ndarray] = {}
         for size in {request.image.shape for request in requests}:
@@ -82,7 +85,7 @@ class Api(litserve.LitAPI):
         return found if isinstance(x, list) else found[0]
 
     def encode_response(self, output: tuple[Posted, np.ndarray]) -> Response:
-        """PNG whose values are train ids, in the colours of the classes; PNG of the overlay; or JSON of runs."""
+        """Encode a mask as a palette PNG of train ids, a PNG of the overlay, or JSON of runs (train id, length)."""
         request, mask = output
         palette = self.segmenter.classes.palette
         if request.output == "runs":
@@ -111,16 +114,17 @@ def make_server(
     max_bytes: int = 32 * 2**20,
     max_pixels: float = 2.5e7,
 ) -> litserve.LitServer:
-    """The server of a checkpoint, which is read once before, so that its mistakes are answered here.
+    """Make the server of a checkpoint. The checkpoint is read here once, so that errors in it appear before the start.
 
     Args:
-        path, data, trust: as :func:`bisenet.checkpoint.load` takes them.
+        path, trust: as in :func:`bisenet.load`.
+        data: as in :func:`bisenet.load`, but a mapping only.
         accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        max_batch_size: requests that are predicted at once.
-        batch_timeout: seconds that a request waits for others.
-        timeout: seconds after which a request that still waits is given up.
-        max_bytes: of a body; a larger one is answered by 413.
-        max_pixels: of an image, told from its header; likewise.
+        max_batch_size: most requests that are predicted together.
+        batch_timeout: seconds that a request waits for others to fill its batch.
+        timeout: seconds after which a waiting request is given up.
+        max_bytes: most bytes of a body; a larger one gets status 413.
+        max_pixels: most pixels of an image, read from its header; a larger one gets status 413.
 
     Raises:
         ValueError: a value that LitServe does not accept, or a file that is no checkpoint.
@@ -135,7 +139,7 @@ def make_server(
     )
     server.app.state.max_bytes, server.app.state.max_pixels = max_bytes, max_pixels
     routes = server.app.router.routes
-    routes[:] = [route for route in routes if getattr(route, "path", "") != "/"]  # LitServe says there that it runs
+    routes[:] = [route for route in routes if getattr(route, "path", "") != "/"]  # replaces LitServe's own page
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     server.app.add_api_route("/", lambda: HTMLResponse(page, headers=_HEADERS), methods=["GET"])
     return server
@@ -143,10 +147,10 @@ def make_server(
 
 _HEADERS = {"Content-Security-Policy": "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
                                        "img-src blob: data:; media-src blob:"}  # fmt: skip
-"""A page that loads nothing from elsewhere."""
+"""They keep the page from loading anything from other hosts."""
 
 
 def serve(server: litserve.LitServer, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Run until Ctrl-C or SIGTERM, and end the processes that were started; LitServe's own errors name host or port."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else its workers would live on
+    """Run until Ctrl-C or SIGTERM, then end the worker processes. LitServe's errors name a wrong host or port."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the workers would live on
     server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")

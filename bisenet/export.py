@@ -163,11 +163,11 @@ class Export:
         """
         if isinstance(read, checkpoint.ExportedCheckpoint):
             raise ValueError(f"checkpoint: {read.path} is an export already; accepted: what it was made from")
-        work = _Work(self, read, segmenter, {key: hyper_parameters.get(key) for key in ("name", "data")}, images)
+        writer = _Writer(self, read, segmenter, {key: hyper_parameters.get(key) for key in ("name", "data")}, images)
         done, refused = [], []
         for kind in self.formats:
             try:
-                done.append({"format": kind, **work.make(kind)})
+                done.append({"format": kind, **writer.make(kind)})
                 log.info("%s", ", ".join(f"{key} {value}" for key, value in done[-1].items()))
             except ValueError as error:
                 refused.append(f"format={kind}: {error}")
@@ -178,7 +178,7 @@ class Export:
 
 
 @dataclass
-class _Work:
+class _Writer:
     """Writer of all formats of one model; the arguments are those of :meth:`Export.run`."""
 
     options: Export
@@ -266,7 +266,7 @@ class _Work:
         options, network = self.options, self.segmenter.network
         share, largest, output = 1.0, 0.0, self.output(kind)
         own = self.images[0].shape[:2]
-        sizes = [own, tuple(side - 8 | 1 for side in own)] if self.calibrated else SIZES  # int8 is calibrated at this size
+        sizes = [own, tuple(side - 8 | 1 for side in own)] if self.calibrated else SIZES  # int8 is calibrated there
         for number, (height, width) in enumerate([options.size] if options.size else sizes):
             batch = options.batch or (2 if number == 0 else 1)
             given, normalized = self.inputs(self.images[number % len(self.images) :], (height, width), batch)

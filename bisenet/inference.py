@@ -139,7 +139,9 @@ def windows(size: Size, window: Sequence[int], stride: float) -> list[Tile]:
 
 
 def views(protocol: Protocol, size: Size) -> Iterator[tuple[View, list[Tile]]]:
-    """Each view of an image, and its tiles. Whole views are ``int(scale * size)``, rounded up to ``size_multiple``.
+    """Yield each view of an image with its tiles.
+
+    A whole view has the size ``int(scale * size)``, rounded up to a multiple of ``size_multiple``.
 
     Departs: with ``short_side`` the reference also rounds the longer side of a square image, which may become a pixel
     shorter; ours stays square.
@@ -274,8 +276,8 @@ def _merge(
     if len(shown) == len(tiles) == 1 and not protocol.crop:
         return _classify(some, first.size, size, align_corners=align_corners)
     sizes = [view.size for view, _ in shown]
-    tile_scores = _room(some, [tile.size for _, tiles in shown for tile in tiles])
-    view_scores = _room(some, sizes if protocol.crop else [size])
+    tile_scores = _reused_memory(some, [tile.size for _, tiles in shown for tile in tiles])
+    view_scores = _reused_memory(some, sizes if protocol.crop else [size])
     is_one = protocol.crop and sizes == [size]
 
     def score(view: View, tile: Tile) -> Tensor:
@@ -311,7 +313,7 @@ def _merge(
     return total.max(dim=1).indices  # on a CPU several times as fast as argmax
 
 
-def _room(like: Tensor, sizes: Iterable[Size]) -> Callable[[Size], Tensor]:
+def _reused_memory(like: Tensor, sizes: Iterable[Size]) -> Callable[[Size], Tensor]:
     """Return a function from (h, w), one of ``sizes``, to a tensor (B, C, h, w); all these tensors share memory.
 
     Allocating new memory for every tile would take as long as computing what is written there.

@@ -65,6 +65,8 @@ def _rule(threshold: Any, min_kept: Any, normalizer: str) -> Rule:
 
 
 class _Criterion(nn.Module):
+    """A loss with a rule for the pixels kept, optional class weights, and a choice of implementation."""
+
     class_weights: Tensor | None
 
     def __init__(self, rule: Rule, class_weights: Sequence[float] | None, impl: str) -> None:

@@ -20,7 +20,7 @@ from bisenet.classes import ClassTable
 
 
 class SegmentationScores(NamedTuple):
-    """Scores in [0, 1], NaN where undefined; C classes, n images. A tuple, since torchmetrics walks into results."""
+    """Scores in [0, 1], NaN where undefined; C classes, n images. A tuple, because torchmetrics traverses results."""
 
     confusion: NDArray[np.int64]
     """(C, C) pixels: rows are the truth, columns the prediction."""

@@ -171,7 +171,7 @@ def accelerate(network: nn.Module) -> nn.Module:
     try:
         return fold(network, torch.channels_last)
     except ValueError as error:
-        log.debug("not accelerated: %s", error)
+        log.debug("predicts as it is: %s", error)
         return network
 
 

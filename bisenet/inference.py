@@ -421,9 +421,11 @@ class Segmenter(nn.Module):
         """Segment one image of any size: (H, W, 3) uint8 RGB -> (H, W) uint8 train ids, as ``classes`` names them."""
         if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or 0 in rgb.shape:
             raise ValueError(f"predict takes an RGB image (H, W, 3) of dtype uint8, got {rgb.shape} of {rgb.dtype}")
-        was_training = self.training
+        modes = {module: module.training for module in self.modules()}  # some may be frozen while others train
         self.eval()
-        image = torch.as_tensor(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None].to(self.mean.device)
-        mask = self(image)[0].to("cpu", torch.uint8).numpy()
-        self.train(was_training)
-        return mask
+        try:
+            image = torch.as_tensor(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None].to(self.mean.device)
+            return self(image)[0].to("cpu", torch.uint8).numpy()
+        finally:
+            for module, mode in modes.items():
+                module.training = mode

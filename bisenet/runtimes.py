@@ -100,6 +100,8 @@ def open_file(path: str | PathLike[str], threads: int | None = None) -> Exported
         ValueError: the file is damaged or was not written by an export, or its runtime is not installed.
     """
     path = Path(path).expanduser()
+    if path.suffix not in READERS:
+        raise ValueError(f"{path}: accepted: a file with the suffix {' | '.join(READERS)}")
     runtime, beside, reader = READERS[path.suffix]
     files = [path, *(path.with_suffix(suffix) for suffix in beside)]
     if missing := [file for file in files if not file.is_file()]:

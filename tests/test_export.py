@@ -260,3 +260,8 @@ def test_a_damaged_or_foreign_file_is_named(exported: Path, tmp_path: Path, kind
 def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"nowhere_to_be_found .*bisenet\[export\]"):
         runtimes.import_extra("nowhere_to_be_found", "export")
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.h5: accepted: .*\.onnx"):
+        runtimes.open_file(tmp_path / "model.h5")

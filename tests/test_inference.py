@@ -495,7 +495,14 @@ def test_an_image_of_any_size_is_segmented(height: int, width: int) -> None:
 def test_predicting_leaves_the_mode_alone_and_does_not_touch_statistics() -> None:
     segmenter = segmenter_of(BiSeNetV2(11)).train()
     before = {key: value.clone() for key, value in segmenter.state_dict().items()}
+    frozen = segmenter.network.get_submodule("detail").eval()
     segmenter.predict(np.zeros((64, 64, 3), np.uint8))
+    assert segmenter.training
+    assert segmenter.network.get_submodule("segment").training
+    assert not frozen.training
+    segmenter.predictions = lambda *_: 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        segmenter.predict(np.zeros((64, 64, 3), np.uint8))
     assert segmenter.training
     assert all(torch.equal(before[key], value) for key, value in segmenter.state_dict().items())
 

@@ -1,7 +1,7 @@
 """Is a difference real? Spread over seeds, tests between groups of runs, and what more seeds would show.
 
-Pure functions on arrays, built on SciPy. Scores come in any unit (percentage points in the reports) and leave in it. A
-*group* holds one score per seed. Tests are two-sided.
+Pure functions on arrays, built on SciPy. Scores may have any unit (percentage points in the reports), and results have
+the same unit. A *group* holds one score per seed. Tests are two-sided.
 """
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false
@@ -21,7 +21,7 @@ optimize: Any = scipy_optimize  # SciPy has no types
 stats: Any = scipy_stats
 
 ALPHA, CONFIDENCE, POWER = 0.05, 0.95, 0.8
-_ROUNDING = 1e-9  # a spread that is a smaller part of the scores than this is none
+_ROUNDING = 1e-9  # a standard deviation below this share of the scores is rounding, and counts as 0
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Summary:
-    """A group of scores, of which ``n`` are independent.
+    """Summary of a group of scores, which count as ``n`` independent ones.
 
-    ``sd`` is the standard deviation over the seeds (with n - 1), ``low`` and ``high`` are the ends of Student's
-    interval of the mean, ``resolvable`` is what :func:`resolvable` tells. One score has none of these four: None.
+    ``sd`` is the sample standard deviation (ddof=1), ``low`` and ``high`` are the ends of Student's 95 % interval of
+    the mean, and ``resolvable`` is the result of :func:`resolvable`. These four are None if ``n`` is 1.
     """
 
     n: int
@@ -53,10 +53,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Tested(Interval):
-    """A mean, or a difference of two, with the p of its being 0, not corrected for other tests.
+    """A t test: the estimate is a mean or a difference of two means, ``p`` tests the hypothesis that it is 0.
 
-    ``effect_size`` of two groups is Hedges' g: the difference in standard deviations (root mean of both variances),
-    without the bias of small groups.
+    ``p`` is not corrected for multiple tests. ``effect_size``, for two groups only, is Hedges' g: the difference
+    divided by the root mean square of both standard deviations, corrected for the bias of small groups.
     """
 
     p: float
@@ -67,9 +67,9 @@ class Tested(Interval):
 class VarianceSplit:
     """Spread between seeds and spread between repetitions of the same seed, as standard deviations.
 
-    ``seed_sd`` is that of the seeds alone: 0 where repetitions explain all of the spread, None with a single seed.
-    ``repeat_sd`` is what is not deterministic. ``p`` is of the hypothesis that seeds add nothing (F test); None with a
-    single seed, or where repetitions do not vary.
+    ``seed_sd`` is the spread that seeds add to that of repetitions: 0 if repetitions explain all of the spread, None
+    with a single seed. ``repeat_sd`` is the spread of repetitions, which comes from nondeterministic operations. ``p``
+    tests the hypothesis that seeds add nothing (F test); None with a single seed, or if repetitions do not vary.
     """
 
     seed_sd: float | None
@@ -78,10 +78,10 @@ class VarianceSplit:
 
 
 def summarize(values: ArrayLike, independent: int | None = None) -> Summary:
-    """Mean, spread, 95 % interval, extremes and resolution of at least one score.
+    """Return mean, spread, 95 % interval, extremes and resolution of at least one score.
 
-    ``independent`` is as how many scores they count where they share something that varies; None: all. With 3 x 3
-    crossed seeds it is 3, which errs on the safe side.
+    ``independent`` is the number of independent scores that the values count as; None: all of them. It is smaller if
+    values share a source of variation: 3 x 3 crossed seeds count as 3 scores, which errs on the safe side.
     """
     scores = np.asarray(values, np.float64)
     n, mean = independent or len(scores), float(scores.mean())
@@ -95,8 +95,8 @@ def summarize(values: ArrayLike, independent: int | None = None) -> Summary:
 def welch(first: ArrayLike, second: ArrayLike, independent: tuple[int, int] | None = None) -> Tested | None:
     """Compare the means of two groups of at least two scores, which may differ in spread and size.
 
-    ``independent`` is that of each group, as for :func:`summarize`. None is returned where neither has a spread: there
-    is nothing to test against.
+    ``independent`` holds the number of independent scores of each group, as in :func:`summarize`. Returns None if
+    neither group has a spread, as there is nothing to test against.
     """
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     n = np.array(independent or (len(a), len(b)))
@@ -109,14 +109,17 @@ def welch(first: ArrayLike, second: ArrayLike, independent: tuple[int, int] | No
 
 
 def paired(differences: ArrayLike, independent: int | None = None) -> Tested | None:
-    """Test the mean of at least two differences within the same runs (t test); else as :func:`welch`."""
+    """Test the mean of at least two differences within runs (paired t test); None if they have no spread.
+
+    ``independent`` is their number of independent values, as in :func:`summarize`.
+    """
     scores = np.asarray(differences, np.float64)
     n, sd = independent or len(scores), _sd(scores)
     return _t_test(float(scores.mean()), np.array([sd**2 / n]), n - 1) if sd else None
 
 
 def _t_test(estimate: float, variances: NDArray[np.float64], df: ArrayLike) -> Tested:
-    """Of an estimate that is a sum of means, from the variance of each, which has so many degrees of freedom."""
+    """Test an estimate, a sum or difference of means, given the variance of each mean and its degrees of freedom."""
     error, df = float(variances.sum()) ** 0.5, _satterthwaite(variances, df)
     half = error * stats.t.isf((1 - CONFIDENCE) / 2, df)
     return Tested(
@@ -125,12 +128,12 @@ def _t_test(estimate: float, variances: NDArray[np.float64], df: ArrayLike) -> T
 
 
 def _satterthwaite(variances: NDArray[np.float64], df: ArrayLike) -> Any:
-    """Degrees of freedom of a sum of variances, along the first axis."""
+    """Return the Welch-Satterthwaite degrees of freedom of a sum of variances (first axis) with ``df`` each."""
     return variances.sum(0) ** 2 / (variances**2 / np.asarray(df)).sum(0)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction (Scandinavian Journal of Statistics 1979): p-values that may be read as if each stood alone."""
+    """Correct p-values for multiple tests with Holm's method (Scandinavian Journal of Statistics, 1979), in order."""
     p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p)
     adjusted = np.empty(len(p))
@@ -141,16 +144,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def bootstrap_images(
     first: Sequence[NDArray[np.int64]], second: Sequence[NDArray[np.int64]], resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Difference of the mean mIoU of two groups of trained networks, with its interval over the images (percentile).
+    """Return the difference of mean mIoU between two groups of trained networks, with a percentile bootstrap interval.
 
-    The same resampled images are given to all runs, so that what makes an image hard cancels. The networks are held
-    fixed: this interval says what other images of the kind would show, not what other seeds would. Each run is int64
-    (n, 3, C) over the same n >= 2 images: true positives, predicted and true pixels of each.
+    All runs are scored on the same resampled images, so that the difficulty of an image cancels. The networks are held
+    fixed: the interval covers the choice of images, not the choice of seeds.
+
+    Args:
+        first: one array for each run, int64 (n, 3, C), over the same n >= 2 images: true positives, predicted pixels
+            and true pixels of each class.
+        second: the same for the other group.
+        resamples: number of bootstrap samples.
+        seed: seed of the resampling.
     """
     counts = [np.asarray(run, dtype=np.float64) for run in (*first, *second)]
     n = len(counts[0])
     draws = np.random.default_rng(seed).integers(n, size=(resamples, n))
-    times = np.stack([np.ones(n), *(np.bincount(draw, minlength=n) for draw in draws)])  # of each image, at first once
+    times = np.stack([np.ones(n), *(np.bincount(draw, minlength=n) for draw in draws)])  # row 0: every image once
     scores = np.stack([_miou(np.tensordot(times, run, axes=1)) for run in counts])
     differences = scores[: len(first)].mean(0) - scores[len(first) :].mean(0)
     low, high = np.quantile(differences[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -158,19 +167,23 @@ def bootstrap_images(
 
 
 def _miou(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(..., 3, C) -> (...): mean over the classes that occur."""
+    """Counts (..., 3, C) -> mIoU (...) in [0, 1], over the classes that occur in truth or prediction; 0 without any."""
     tp, union = counts[..., 0, :], counts[..., 1, :] + counts[..., 2, :] - counts[..., 0, :]
     iou = np.divide(tp, union, out=np.zeros_like(tp), where=union > 0)
     return iou.sum(-1) / np.maximum((union > 0).sum(-1), 1)
 
 
 def power(difference: float, sds: tuple[float, float], n: int) -> float:
-    """Probability that Welch's test with n >= 2 scores per group, of deviations not both 0, finds this difference > 0.
+    """Return the probability that Welch's test of two groups of n >= 2 scores finds a true difference > 0 significant.
 
-    Exact for normal scores. Of the pooled sum of squares a Beta-distributed share is the first group's, independent of
-    the sum; the share fixes the degrees of freedom that the test estimates, and given it the statistic is a noncentral
-    t up to a factor. The power is averaged over the share's quantiles (Gauss-Legendre). The square of a noncentral t is
-    a noncentral F, whose two tails are one: SciPy's lower tail of t underflows to NaN.
+    ``sds`` are the standard deviations of the groups, not both 0. The result is exact for normal scores:
+
+    - The first group's share of the pooled sum of squares, each divided by its variance, is Beta-distributed and
+      independent of the sum. It determines the degrees of freedom that the test estimates.
+    - Given the share, the test statistic is a noncentral t times a factor.
+    - The power is averaged over the quantiles of the share (Gauss-Legendre quadrature).
+
+    The code uses the square, a noncentral F, which has both tails in one: SciPy's lower tail of t underflows to NaN.
     """
     nodes, weights = np.polynomial.legendre.leggauss(64)
     share = stats.beta.ppf((nodes + 1) / 2, (n - 1) / 2, (n - 1) / 2)
@@ -182,7 +195,10 @@ def power(difference: float, sds: tuple[float, float], n: int) -> float:
 
 
 def resolvable(n: int, sd: float) -> float:
-    """Smallest difference that Welch's test of two groups of n >= 2 scores, both of this deviation, finds with 80 %."""
+    """Return the smallest difference that Welch's test finds with 80 % power, with n >= 2 scores per group.
+
+    ``sd`` is the standard deviation of both groups.
+    """
     return sd * _resolvable_effect(n)
 
 
@@ -195,9 +211,9 @@ def _resolvable_effect(n: int) -> float:
 
 
 def seeds_needed(difference: float, sds: tuple[float, float], most: int = 10_000) -> int | None:
-    """Seeds per group, whose deviations are ``sds``, with which Welch's test finds this difference > 0 with 80 %.
+    """Return how many seeds per group Welch's test needs to find a difference > 0 with 80 % power.
 
-    None: more than ``most``.
+    ``sds`` are the standard deviations of the groups. Returns None if more than ``most`` are needed.
     """
     if difference > 100 * max(sds):
         return 2
@@ -206,9 +222,10 @@ def seeds_needed(difference: float, sds: tuple[float, float], most: int = 10_000
 
 
 def split_variance(groups: Sequence[ArrayLike]) -> VarianceSplit | None:
-    """Split the variance of the repetitions of each seed by a one-way analysis with random effects (moment estimator).
+    """Split the variance of scores into seeds and repetitions (one-way random effects, moment estimator).
 
-    The groups may have any size; None is returned where no seed has two repetitions.
+    Each group holds the scores of the repetitions of one seed; sizes may differ. Returns None if no seed has two
+    repetitions.
     """
     scores = [np.asarray(group, np.float64) for group in groups]
     sizes = np.array([len(group) for group in scores])
@@ -227,6 +244,6 @@ def split_variance(groups: Sequence[ArrayLike]) -> VarianceSplit | None:
 
 
 def _sd(scores: NDArray[np.float64]) -> float:
-    """Standard deviation with n - 1; 0 where it is nothing but rounding."""
+    """Sample standard deviation (ddof=1); 0 if it is no more than rounding."""
     sd = float(scores.std(ddof=1))
     return sd if sd > _ROUNDING * float(np.abs(scores).max()) else 0.0

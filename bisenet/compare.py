@@ -1,6 +1,6 @@
-"""Groups of runs side by side: what each scored, how far they differ, and whether that means anything.
+"""Compare groups of runs: their scores, the differences between them, and whether these are significant.
 
-:func:`compare` makes plain data of it, which :func:`show` and :func:`write` put before people. Scores are percentages,
+:func:`compare` returns plain data, which :func:`show` prints and :func:`write` saves. Scores are percentages,
 differences percentage points.
 """
 
@@ -19,16 +19,16 @@ from bisenet import report, statistics
 from bisenet.statistics import ALPHA, CONFIDENCE, POWER, Tested
 
 FULL_RECIPE = "full recipe"
-"""Name of the group that goes without no trick."""
+"""Name of the group whose option ``without`` switches nothing off."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
     """A finished run.
 
-    ``name`` is unique among those that are compared; ``group`` says what groups the runs, key -> value, and
-    ``ungrouped`` what else differs between them; ``seeds`` are those of initialisation and data; ``results`` is what
-    ``results.json`` holds.
+    ``name`` is unique among the compared runs. ``group`` maps the keys that the runs are grouped by to their values,
+    ``ungrouped`` the other keys that differ between runs. ``seeds`` are the seeds of initialisation and of data.
+    ``results`` is the content of ``results.json``.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Run:
     ungrouped: dict[str, str] = field(default_factory=dict)
 
 
-_Counts = tuple[bytes, NDArray[np.int64]] | None  # which images were scored, and the counts of each; None: not kept
+_Counts = tuple[bytes, NDArray[np.int64]] | None  # indices of the scored images, counts (n, 3, C); None: no file
 
 
 @dataclass
 class _Group:
-    """Runs of one group under one protocol; published scores have neither runs nor a population."""
+    """Scores in percent of one group under one protocol; published scores have neither runs nor a population."""
 
     population: dict[str, Any]
     scores: dict[str, float] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class _Group:
     counts: dict[str, _Counts] = field(default_factory=dict)
 
     def add(self, name: str, score: float, seeds: tuple[int, int], run: Run | None = None) -> None:
-        """Runs that have seeds and all else in common are repetitions of one experiment."""
+        """Add a score; runs with the same seeds and the same ``ungrouped`` values are repetitions of one experiment."""
         self.scores[name] = score
         self.by_seed.setdefault((seeds, *(run.ungrouped.items() if run else ())), []).append(score)
         if run:
@@ -61,15 +61,15 @@ class _Group:
 
     @property
     def values(self) -> list[float]:
-        """One score for each seed; repetitions of a seed are no further evidence and are averaged."""
+        """One score for each experiment: the mean of its repetitions, which are not independent evidence."""
         return [float(np.mean(scores)) for scores in self.by_seed.values()]
 
     @property
     def n(self) -> int:
-        """As how many independent scores :attr:`values` count.
+        """The number of independent scores that :attr:`values` count as.
 
-        Where the seeds of initialisation and of data are varied apart and combined, scores that share one of them are
-        no independent draws. The number of values of that which has fewer of them is a safe count.
+        If the seeds of initialisation and of data are crossed, scores that share one of them are not independent. The
+        smaller of the two numbers of distinct seeds is then a safe count.
         """
         varied = [source for source in (0, 1) if len({seeds[source] for seeds, *_ in self.by_seed}) > 1]
         shared = [len({(seeds[source], *rest) for seeds, *rest in self.by_seed}) for source in varied]
@@ -89,17 +89,22 @@ def compare(
     baseline: str | None = None,
     difference: float = 0.5,
 ) -> dict[str, Any]:
-    """Compare groups of runs under every protocol, and the protocols within the groups; plain data, ready for JSON.
+    """Compare groups of runs under every protocol, and the protocols within the groups.
+
+    Groups are not compared if they were scored on different splits, images or classes, or under different definitions
+    of a protocol.
 
     Args:
         runs: finished runs.
-        missing: run -> what is wrong with it, to be reported.
+        missing: name of a run without usable results -> the reason; it is reported.
         values: group -> published scores in percent, one for each seed.
         values_protocol: protocol of the published scores.
-        metric: key of a protocol's scores in ``results.json``; with dots into what it holds.
-        baseline: group that the others are compared with and ranked by, largest difference first; None: all pairs.
-            Never groups that were scored on other splits, images or classes or by other definitions of a protocol.
-        difference: for which the seeds needed are stated, in (0, 100).
+        metric: key of a score of a protocol in ``results.json``; dots lead into nested scores.
+        baseline: the group that all others are compared with, sorted by difference, largest first; None: all pairs.
+        difference: in percentage points, in (0, 100); the number of seeds that it takes to find it is reported.
+
+    Returns:
+        Plain data, ready for JSON.
 
     Raises:
         ValueError: runs that cannot be compared, or an argument that is not accepted.
@@ -168,7 +173,7 @@ def _select(scores: Any, metric: str, where: str) -> float | None:
 
 
 def _label(group: Mapping[str, str]) -> str:
-    """Name of a group; the option group ``without`` speaks for itself."""
+    """Return the name of a group; the key ``without`` becomes "without a+b" or :data:`FULL_RECIPE`."""
     words = {key: value if len(group) == 1 else f"{key}={value}" for key, value in group.items()}
     if "without" in group:
         off = sorted({*group["without"].split("+")} - {"nothing"})
@@ -177,7 +182,7 @@ def _label(group: Mapping[str, str]) -> str:
 
 
 def _population(run: Run, protocol: str) -> dict[str, Any]:
-    """What was scored, and how; by what a difference is called."""
+    """Return what must agree for scores to be comparable, keyed by the words that report a disagreement."""
     scores = run.results["protocols"][protocol]
     images = scores.get("n_images"), {name: entry.get("pixels") for name, entry in scores["classes"].items()}
     definition = scores.get("definition")
@@ -186,12 +191,12 @@ def _population(run: Run, protocol: str) -> dict[str, Any]:
 
 
 def _unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """How two populations differ; empty where they are comparable."""
+    """Return the key in which two populations differ, such as "on other splits"; empty if they are comparable."""
     return next((name for name in first if name in second and first[name] != second[name]), "")
 
 
 def _cautions(groups: _Groups) -> Iterator[str]:
-    """What a reader of the table must know about its groups."""
+    """Yield notes on limits of the groups: other differences within one, shared seeds, groups not comparable."""
     for name, group in groups.items():
         ungrouped = [run.ungrouped for run in group.runs.values()]
         for key in dict.fromkeys(key for keys in ungrouped for key in keys):
@@ -237,7 +242,7 @@ def _comparisons(groups: _Groups, baseline: str | None, needed_for: float) -> li
 
 
 def _gains(protocols: Mapping[str, _Groups]) -> Iterator[dict[str, Any]]:
-    """What evaluation alone changes: every protocol against the first one, run by run."""
+    """Yield, for each protocol but the first and each group, the mean difference to the first within the same runs."""
     first = next(iter(protocols), "")
     for protocol, name in [(p, name) for p, groups in protocols.items() if p != first for name in groups]:
         group, before = protocols[protocol][name], protocols[first].get(name, _Group({}))
@@ -258,7 +263,7 @@ def _tested(difference: float, test: Tested | None) -> dict[str, Any]:
 
 
 def _correct(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Set ``p_holm`` of entries, which are one family of tests."""
+    """Set and return the entries' ``p_holm``: their ``p``, corrected as one family of tests."""
     tested = [entry for entry in entries if entry["p"] is not None]
     for entry, p in zip(tested, statistics.holm([entry["p"] for entry in tested]), strict=True):
         entry["p_holm"] = p
@@ -274,7 +279,7 @@ def _read_counts(run: Run, protocol: str) -> _Counts:
 
 
 def _over_images(first: Sequence[_Counts], second: Sequence[_Counts]) -> dict[str, float] | None:
-    """Bootstrap over the images, in percentage points; None where counts are missing or the images differ."""
+    """Bootstrap a difference over images, in percentage points; None if counts are missing or images differ."""
     a, b = ([counts for counts in side if counts] for side in (first, second))
     images = {(index, counts.shape) for index, counts in a + b}
     if not (a and b and len(a + b) == len(first) + len(second)) or len(images) > 1 or len(a[0][1]) < 2:
@@ -284,7 +289,7 @@ def _over_images(first: Sequence[_Counts], second: Sequence[_Counts]) -> dict[st
 
 
 def _verdict(entry: Mapping[str, Any], needed_for: float, tests: int) -> str:
-    """In plain words."""
+    """Return the result of a comparison as a sentence; ``tests`` is how many tests ``p_holm`` corrects for."""
     first, second, low, high, p = (entry[key] for key in ("first", "second", "low", "high", "p_holm"))
     corrected = f"corrected for {tests} comparisons"
     if low is None:
@@ -313,7 +318,7 @@ _TESTED = ["difference", "95% interval", "p", "p (Holm)", "over images"]
 
 
 class Section(NamedTuple):
-    """A table with notes below it."""
+    """A table, possibly without rows, with notes below it."""
 
     title: str
     columns: list[str]
@@ -322,10 +327,10 @@ class Section(NamedTuple):
 
 
 def show(summary: Mapping[str, Any]) -> None:
-    """Print the tables."""
+    """Print the tables and notes of what :func:`compare` returned."""
     console = Console()
     if not console.is_terminal:
-        console.width = 200  # of a file, or for another program
+        console.width = 200  # output goes to a file or to another program
     for title, columns, rows, notes in sections(summary):
         if rows:
             table = Table(title=title, title_justify="left")
@@ -339,7 +344,7 @@ def show(summary: Mapping[str, Any]) -> None:
 
 
 def write(summary: Mapping[str, Any], folder: Path) -> None:
-    """Write ``summary.json``, ``summary.md`` and ``summary.png``; they are made of the runs and may be made again."""
+    """Write ``summary.json``, ``summary.md`` and ``summary.png``, replacing earlier ones."""
     text = ""
     for title, columns, rows, notes in sections(summary):
         blocks = [report.markdown(columns, rows) if rows else "", "".join(f"* {note}\n" for note in notes)]
@@ -351,7 +356,7 @@ def write(summary: Mapping[str, Any], folder: Path) -> None:
 
 
 def sections(summary: Mapping[str, Any]) -> Iterator[Section]:
-    """What :func:`compare` found, as tables of text."""
+    """Yield what :func:`compare` returned as tables of text."""
     protocols = summary["protocols"]
     rows: dict[tuple[str, str], dict[str, float]] = {}  # group and run -> protocol -> score
     for protocol, content in protocols.items():
@@ -371,7 +376,7 @@ def sections(summary: Mapping[str, Any]) -> Iterator[Section]:
         yield Section(f"Groups, {protocol}", columns, cells, notes)
         if found:
             columns = ["groups", *_TESTED, "effect size", f"seeds for {summary['difference']:g}"]
-            # Without an interval there are no seeds to speak of; with one, None means more than anyone has.
+            # Without an interval the number of seeds is unknown; with one, None means more than 10000.
             needed = ["-" if e["low"] is None else str(e["seeds_needed"] or "> 10000") for e in found]
             cells = [[*_tested_row(e), _text(e["effect_size"], "+.2f"), n] for e, n in zip(found, needed, strict=True)]
             yield Section(f"Differences, {protocol}", columns, cells, [entry["verdict"] for entry in found])

@@ -1,4 +1,4 @@
-"""Images, folders, globs, videos, cameras and streams in; overlays, masks and ids out."""
+"""Segment images, folders, globs, videos, cameras and streams; write overlays, masks and ids."""
 
 import glob
 import itertools
@@ -35,7 +35,7 @@ _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".
 _VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 _KINDS = ("overlay", "palette", "train_ids", "label_ids")
 _CODEC = "mp4v"  # the one for .mp4 that opencv-python can encode; it has no H.264
-_LEGEND_ROWS = 4  # of a video, whose frames all have one size; with more classes the largest of a frame are named
+_LEGEND_ROWS = 4  # at most, below a video; if more classes exist, those with most pixels in the frame are named
 
 
 class UnusableInput(ValueError):
@@ -53,30 +53,30 @@ class Source:
     origin: Path | int | str
     """A file, the index of a camera, or the address of a stream."""
     name: Path
-    """Where its outputs go, relative to the folder of their kind and without suffix."""
+    """Path of its outputs, relative to the folder of their kind and without suffix."""
 
     @property
     def is_stream(self) -> bool:
-        """Many frames rather than one."""
+        """Whether it has many frames: a video, camera or stream."""
         return not isinstance(self.origin, Path) or self.origin.suffix.lower() in _VIDEOS
 
     def __str__(self) -> str:
-        """For messages, without a password."""
+        """Kind and origin for messages, without the user and password of an address."""
         kind = "stream" if isinstance(self.origin, str) else "camera" if isinstance(self.origin, int) else "video"
         return f"{kind} {re.sub('//[^/]*@', '//', str(self.origin))}" if self.is_stream else str(self.origin)
 
 
 def find_sources(given: str, exclude: Sequence[Path]) -> list[Source]:
-    """What an ``input`` names, ordered by path. Hidden files (``.name``) are none, unless named themselves.
+    """Return the sources that ``given`` names, ordered by path. Hidden files (``.name``) in a folder are skipped.
 
     Args:
-        given: an image, a video, a folder (all images and videos below it), a glob (``**`` goes through folders), the
+        given: an image, a video, a folder (all images and videos below it), a glob (``**`` matches nested folders), the
             index of a camera, or the address of a stream (``rtsp://``, ``http://``), which is read as a video.
-        exclude: files and folders of the outputs; they are no inputs.
+        exclude: files and folders of the outputs, which are not taken as inputs.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a glob that leads out of its folder.
+        FileNotFoundError: no source is found.
+        ValueError: a glob with ``..`` after its first wildcard.
     """
     if (url := urlparse(given)).netloc:
         return [Source(given, Path(re.sub(r"[^\w.-]+", "-", f"{url.hostname}{url.path}").strip("-.")))]
@@ -90,7 +90,7 @@ def find_sources(given: str, exclude: Sequence[Path]) -> list[Source]:
     else:
         plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])
         base, files = Path(*plain), [Path(p) for p in glob.glob(str(path), recursive=True)]
-    found = sorted(p for p in files if p.is_file() or not p.exists())  # a link to nothing is named when it is read
+    found = sorted(p for p in files if p.is_file() or not p.exists())  # broken links stay: reading reports them
     outputs = {os.path.realpath(p) for p in exclude}
     files = [p for p in found if outputs.isdisjoint(map(str, ((q := Path(os.path.realpath(p))), *q.parents)))]
     if path.is_dir():
@@ -114,9 +114,13 @@ def find_sources(given: str, exclude: Sequence[Path]) -> list[Source]:
 
 
 def read_image(path: Path, max_pixels: float = 1e8) -> np.ndarray:
-    """An image as RGB uint8 (H, W, 3), upright as its camera says, of up to ``max_pixels``.
+    """Read an image as RGB uint8 (H, W, 3), rotated as its EXIF orientation says.
 
-    Grey is repeated, alpha is left out, 16 bits are scaled to 8. All else is :class:`UnusableInput`.
+    Grey is repeated to three channels, alpha is dropped, 16 bits are scaled to 8.
+
+    Raises:
+        TooLarge: it has more than ``max_pixels`` pixels.
+        UnusableInput: it cannot be read or decoded, or has another bit depth.
     """
     try:
         content = path.read_bytes()
@@ -126,13 +130,14 @@ def read_image(path: Path, max_pixels: float = 1e8) -> np.ndarray:
 
 
 def decode_image(content: bytes, path: Path | str, max_pixels: float) -> np.ndarray:
-    """As :func:`read_image`, from the bytes of a file; ``path`` stands in messages."""
+    """Decode the bytes of a file as :func:`read_image` does; ``path`` names it in messages."""
     try:
         width, height, count = _header(content)
         if width * height > max_pixels:
             size = f"{width} x {height}, {width * height / 1e6:.0f} megapixels"
             raise TooLarge(f"{path} has {size}; accepted: up to {max_pixels / 1e6:g}, unless max_pixels says more")
-        # It refuses truncated files, which imread completes. OpenCV 5.0 makes noise of a 16-bit TIFF as COLOR_RGB.
+        # imdecode refuses truncated files, imread fills them up. With IMREAD_COLOR_RGB, OpenCV 5.0 turns a 16-bit TIFF
+        # into noise.
         flags = cv2.IMREAD_COLOR_BGR | cv2.IMREAD_ANYDEPTH
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if count else None
     except cv2.error as error:
@@ -151,17 +156,20 @@ def decode_image(content: bytes, path: Path | str, max_pixels: float) -> np.ndar
 
 
 def _header(content: bytes) -> tuple[int, int, int]:
-    """Width, height and number of images (of a TIFF at most 2) of a file, decoding nothing; zeros for other files."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's own does not name the size
+    """Return width, height and number of images of a file without decoding it; zeros if it is not an image.
+
+    For a TIFF the number is 1, or 2 for any more.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the message of Pillow's limit lacks the size
     try:
-        if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):  # of more depths than Pillow decodes
+        if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):  # TIFF; Pillow refuses some bit depths
             tags = ImageFileDirectory_v2(content[: 16 if b"+" in content[:4] else 8])
             (stream := BytesIO(content)).seek(tags.next)
             tags.load(stream)
             return tags[256], tags[257], 1 + (tags.next > 0)
         with Image.open(BytesIO(content)) as image:
             return *image.size, getattr(image, "n_frames", 1)
-    except Exception:  # damaged bytes fail in any way
+    except Exception:  # damaged bytes raise exceptions of many types
         return 0, 0, 0
     finally:
         Image.MAX_IMAGE_PIXELS = limit
@@ -169,24 +177,25 @@ def _header(content: bytes) -> tuple[int, int, int]:
 
 @dataclass
 class Predictions:
-    """Images or videos to segment, and what is written of them. Everything is checked before a model is needed.
+    """Images or videos to segment, and the outputs to write. Creating it checks everything that needs no model.
 
     Args:
         input: an image, a video, a folder, a glob, a camera's index or a stream, see :func:`find_sources`.
         folder: where the outputs go.
-        overlay: the image under the colours of its classes: ``overlay/<name>.jpg``, of a video ``.mp4``.
-        palette: coloured PNG whose values are the train ids: ``palette/<name>.png``; of a video a folder of frames, as
-            the following.
-        train_ids: grey PNG of train ids: ``train_ids/<name>.png``.
-        label_ids: grey PNG of the data set's own ids: ``label_ids/<name>.png``; of Cityscapes what its benchmark takes.
+        overlay: write the image blended with the class colours: ``overlay/<name>.jpg``, for a video ``.mp4``.
+        palette: write a PNG with a colour palette whose values are the train ids: ``palette/<name>.png``. For a video
+            this and the following are a folder ``<name>`` of numbered frames.
+        train_ids: write a grey PNG of train ids: ``train_ids/<name>.png``.
+        label_ids: write a grey PNG of the data set's own ids: ``label_ids/<name>.png``; for Cityscapes the format that
+            its benchmark takes.
         legend: name the classes below each overlay, and all of them in ``legend.png``.
         alpha: weight of the colours in the overlay, in [0, 1].
         overwrite: replace outputs that exist.
-        max_frames: stop each video, camera or stream after so many frames; None: at its end or by Ctrl-C.
-        max_pixels: a larger image is refused before it is decoded.
+        max_frames: stop each video, camera or stream after this many frames; None: at its end or with Ctrl-C.
+        max_pixels: an image or frame of more pixels is refused before it is decoded.
 
     Raises:
-        FileNotFoundError: no input there.
+        FileNotFoundError: no input is found.
         FileExistsError: an output exists and ``overwrite`` is not set.
         ValueError: a value that is not accepted, or two inputs with one output.
     """
@@ -229,22 +238,23 @@ class Predictions:
 
     @property
     def kinds(self) -> list[str]:
-        """What is written, a folder each."""
+        """The kinds of output that are written, each to a folder of this name."""
         return [kind for kind in _KINDS if getattr(self, kind)]
 
     def targets(self, source: Source) -> dict[str, Path]:
-        """What is written of each kind: a file; of the masks of a stream, a folder of numbered files."""
+        """Return the output of each kind: a file, or a folder of numbered files for the masks of a stream."""
         suffixes = {"overlay": ".mp4" if source.is_stream else ".jpg"}
         default = "" if source.is_stream else ".png"
         return {kind: self.folder / kind / f"{source.name}{suffixes.get(kind, default)}" for kind in self.kinds}
 
     def run(self, segmenter: "Segmenter") -> list[str]:
-        """Segment every source and write; meanwhile the next frame is read, and the one before is written, by threads.
+        """Segment every source and write its outputs. Reading, segmenting and writing overlap, each in its own thread.
 
-        A stream ends early where its file does; what came before is kept. Ctrl-C ends a camera or a stream.
+        If a video is truncated, the frames before that are kept. Ctrl-C ends a camera or a stream.
 
         Returns:
-            One message for each source that could not be read or segmented, naming it; all others are written.
+            One message for each source that could not be read or segmented, which names the source. The outputs of all
+            other sources are written.
         """
         classes = segmenter.classes
         if self.legend and (self.overwrite or not (self.folder / "legend.png").exists()):
@@ -295,7 +305,7 @@ class Predictions:
                             frames += 1
                             progress.advance(bar)
             except KeyboardInterrupt:
-                if isinstance(self.sources[0].origin, Path):  # a camera or a stream is alone
+                if isinstance(self.sources[0].origin, Path):  # a camera or a stream is the only source
                     raise
         seconds = time.perf_counter() - started
         log.info(
@@ -306,7 +316,7 @@ class Predictions:
         return list(problems.values())
 
     def _frames(self, source: Source, progress: Progress) -> Iterator[tuple[np.ndarray, float]]:
-        """RGB uint8 (H, W, 3) each, and how many make a second."""
+        """Yield the frames of a source, RGB uint8 (H, W, 3), each with the frames per second (0 for an image)."""
         if isinstance(source.origin, Path) and not source.is_stream:
             yield read_image(source.origin, self.max_pixels), 0.0
             return
@@ -330,7 +340,7 @@ class Predictions:
 
 
 def _ahead(items: Iterator[_T], thread: Executor) -> Iterator[_T]:
-    """The items; while one is used, the thread makes the next."""
+    """Yield the items; while the caller uses one, ``thread`` computes the next."""
     following = thread.submit(next, items, None)
     while (item := following.result()) is not None:
         following = thread.submit(next, items, None)
@@ -340,14 +350,14 @@ def _ahead(items: Iterator[_T], thread: Executor) -> Iterator[_T]:
 def _segment(segmenter: "Segmenter", rgb: np.ndarray, source: Source) -> np.ndarray:
     try:
         return segmenter.predict(rgb)
-    except (RuntimeError, MemoryError) as error:  # of the allocator or the device; a smaller image may fit
+    except (RuntimeError, MemoryError) as error:  # out of memory, or a device error; a smaller image may fit
         line = str(error).partition("\n")[0] or type(error).__name__
         size = f"{rgb.shape[0]} x {rgb.shape[1]} pixels"
         raise UnusableInput(f"{source} cannot be segmented ({size}): {line}") from error
 
 
 class _Outputs:
-    """What is written of one source. Files have another name at first; an interrupted video keeps its frames."""
+    """Writes the outputs of one source. Files get their name once complete; an interrupted video keeps its frames."""
 
     def __init__(self, source: Source, classes: "ClassTable", options: Predictions) -> None:
         self.source, self.classes, self.options, self.targets = source, classes, options, options.targets(source)
@@ -355,16 +365,16 @@ class _Outputs:
         self.number = 0
         for kind, target in self.targets.items() if source.is_stream and options.overwrite else ():
             for frame in target.glob("[0-9]*.png") if kind != "overlay" else ():
-                frame.unlink()  # a longer video may have been here
+                frame.unlink()  # frames of an earlier, longer video would remain
 
     def close(self) -> None:
-        """Finish the video."""
+        """Finish the video, if there is one, and give it its name."""
         if self.video is not None:
             self.video.release()
             os.replace(_draft(self.targets["overlay"]), self.targets["overlay"])
 
     def write(self, rgb: np.ndarray, mask: np.ndarray, rate: float) -> None:
-        """Write one frame: RGB uint8 (H, W, 3) and train ids, uint8 (H, W); ``rate`` of them make a second."""
+        """Write one frame: RGB uint8 (H, W, 3) and train ids, uint8 (H, W); ``rate`` is in frames per second."""
         for kind, target in self.targets.items():
             if kind == "overlay" and self.source.is_stream:
                 self._write_frame(self._draw(rgb, mask), target, rate)
@@ -394,14 +404,14 @@ class _Outputs:
         return np.vstack([drawn, legend(names, palette, sorted(map(int, shown)), rgb.shape[1], rows)])
 
     def _write_frame(self, frame: np.ndarray, target: Path, rate: float) -> None:
-        height, width = (side + side % 2 for side in frame.shape[:2])  # the codec halves the colours
+        height, width = (side + side % 2 for side in frame.shape[:2])  # the codec needs even sides
         if self.video is None:
             target.parent.mkdir(parents=True, exist_ok=True)
             video = cv2.VideoWriter(str(_draft(target)), cv2.VideoWriter.fourcc(*_CODEC), rate, (width, height))
             if not video.isOpened():
                 raise OSError(f"{target} cannot be written: OpenCV has no encoder for {_CODEC} here, or no place")
             self.video, self.size = video, (height, width)
-        if (height, width) != self.size:  # OpenCV would leave the frame out and say nothing
+        if (height, width) != self.size:  # OpenCV would drop the frame silently
             raise UnusableInput(f"{self.source}: frame {self.number} has another size than the first")
         below, right = height - frame.shape[0], width - frame.shape[1]
         frame = cv2.copyMakeBorder(frame, 0, below, 0, right, cv2.BORDER_REPLICATE)
@@ -424,5 +434,5 @@ def _write_file(target: Path, content: bytes) -> None:
     try:
         _draft(target).write_bytes(content)
         os.replace(_draft(target), target)
-    except OSError as error:  # a full disk names no file
+    except OSError as error:  # the error of a full disk does not name the file
         raise OSError(error.errno, error.strerror, str(target)) from error

@@ -1,8 +1,8 @@
-"""What remains of a run for people to look at: figures, masks in colour, tables, JSON files and provenance.
+"""Reports of a run: figures, coloured masks, tables, JSON files and provenance.
 
 Every ``plot`` function writes a PNG file, ``out``. Images are RGB uint8 (H, W, 3), masks hold train ids, uint8 (H, W);
-a palette is RGB by train id, uint8 (256, 3). Tables have a column for each protocol or checkpoint, which holds what
-``SegmentationScores.to_dict`` gives and, if known, the ``seconds`` it took.
+a palette is RGB by train id, uint8 (256, 3). Tables have a column for each protocol or checkpoint. The argument
+``columns`` maps its label to the result of ``SegmentationScores.to_dict`` and, if known, the ``seconds`` it took.
 """
 
 import csv
@@ -32,12 +32,12 @@ from rich.table import Table
 
 from bisenet.files import replacing
 
-if TYPE_CHECKING:  # comparing runs needs neither of them, nor torch
+if TYPE_CHECKING:  # both import torch, which comparing runs does not need
     from bisenet.classes import ClassTable
     from bisenet.metrics import SegmentationScores
 
 _Arrays = Sequence[np.ndarray]
-_Series = tuple[np.ndarray, np.ndarray]  # steps done and values, only where logged and finite
+_Series = tuple[np.ndarray, np.ndarray]  # steps done and values, without missing and non-finite ones
 
 _COLOURS = ("#20639b", "#e07a1f", "#3c9d6b", "#c0392b", "#7d5ba6", "#5f6b76")
 _STYLE: Any = {
@@ -46,7 +46,7 @@ _STYLE: Any = {
     "ytick.labelsize": 8.5, "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
     "axes.prop_cycle": cycler(color=_COLOURS),
 }  # fmt: skip
-_CELL = 440  # width in pixels of an image among predictions
+_CELL = 440  # width in pixels of each image that plot_predictions shows
 
 
 # ---------------------------------------------------------------- figures
@@ -55,8 +55,8 @@ _CELL = 440  # width in pixels of an image among predictions
 def plot_curves(metrics_csv: Path, out: Path) -> None:
     """Draw loss, learning rates and validation mIoU over the steps of a run, as far as they were logged.
 
-    ``metrics_csv`` is what ``callbacks.MetricsFile`` writes: ``step``, ``train/loss``, ``train/loss/<head>``,
-    ``lr/<group>``, ``val/<protocol>/miou``; blank where nothing was logged.
+    ``metrics_csv`` is a file of ``callbacks.MetricsFile`` with the columns ``step``, ``train/loss``,
+    ``train/loss/<head>``, ``lr/<group>`` and ``val/<protocol>/miou``; a cell is blank if nothing was logged.
     """
     series = _read_series(metrics_csv)
     figure, ((loss, rate, score),) = _figure((11, 3.4), 1, 3)
@@ -66,10 +66,10 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
         loss.plot(steps, smooth, linewidth=1 + total, label=name.strip("/") or "total", zorder=2 + total)
         if total:
             loss.plot(steps, values, alpha=0.25, linewidth=0.8, color=_COLOURS[0])
-            loss.set_ylim(0, 1.1 * max(smooth.max(), 1e-9))  # a spike does not flatten the rest
+            loss.set_ylim(0, 1.1 * max(smooth.max(), 1e-9))  # of the smoothed loss: a spike must not flatten the rest
 
     rate.set_title("learning rate")
-    groups: dict[bytes, list[str]] = {}  # those of the same rate share a curve
+    groups: dict[bytes, list[str]] = {}  # groups with the same rates share a curve
     for name, (_, values) in _named(series, "lr/").items():
         groups.setdefault(values.tobytes(), []).append(name)
     for names in groups.values():
@@ -86,7 +86,7 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     for axes in (loss, rate, score):
         axes.set_xlabel("step")
         for line in axes.lines:
-            line.set_marker("o" if len(line.get_xdata()) < 20 else "")  # a line of one point is invisible
+            line.set_marker("o" if len(line.get_xdata()) < 20 else "")  # a line through one point is invisible
             line.set_markersize(4)
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
@@ -97,7 +97,7 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
 
 
 def plot_iou(columns: Mapping[str, Mapping[str, Any]], classes: "ClassTable", out: Path) -> None:
-    """Draw the IoU of each class, and their mean as a dashed line: the first column as bars, the others as marks.
+    """Draw the IoU of each class (first column: bars, others: marks), and the mean of each column as a dashed line.
 
     Classes without an IoU in any column are listed below.
     """
@@ -113,7 +113,7 @@ def plot_iou(columns: Mapping[str, Mapping[str, Any]], classes: "ClassTable", ou
             axes.axvline(100 * scores["miou"], color=colour, linestyle="--", linewidth=1, zorder=1)
     if len(columns) == 1:
         for row, value in enumerate(percents[0, known]):
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # over the line of the mean
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # hides the line of the mean
             axes.text(value + 0.8, row, f"{value:.1f}", va="center", fontsize=7.5, color="0.25", bbox=box)
     axes.set_xlim(0, 106)
     if absent := [classes.names[index] for index in np.flatnonzero(~known)]:
@@ -123,9 +123,9 @@ def plot_iou(columns: Mapping[str, Mapping[str, Any]], classes: "ClassTable", ou
 
 
 def plot_data(findings: Mapping[str, Any], classes: "ClassTable", out: Path) -> None:
-    """Draw how often each class occurs in a data set: its share of the pixels, and of the images that hold it.
+    """Draw how often each class occurs in a data set: its share of the pixels, and the share of images that contain it.
 
-    ``findings`` is what ``check_data.json`` holds; the first split is drawn as bars, the others as marks.
+    ``findings`` is the content of ``check_data.json``; the first split is drawn as bars, the others as marks.
     """
     shares: dict[str, Any] = {}
     occurrences: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def plot_data(findings: Mapping[str, Any], classes: "ClassTable", out: Path) -> 
         ignored = f"{100 * found['ignored_share']:.1f} % ignored"
         label = f"{split}: {found['fit']:,} of {found['pairs']:,} pairs fit, {ignored}"
         entries = [found["classes"][name] for name in classes.names]
-        shares[label] = np.array([100 * e["share"] or np.nan for e in entries])  # nothing is drawn where none occurs
+        shares[label] = np.array([100 * e["share"] or np.nan for e in entries])  # NaN is not drawn
         occurrences[label] = np.array([100 * e["images"] / max(found["fit"], 1) or np.nan for e in entries])
     panels = {"share of the labelled pixels, %": shares, "share of the images that hold the class, %": occurrences}
     figure, (pixels, images) = _class_figure(panels, classes, range(classes.num_classes))
@@ -145,7 +145,7 @@ def plot_data(findings: Mapping[str, Any], classes: "ClassTable", out: Path) -> 
 
 
 def plot_confusion(confusion: np.ndarray, names: Sequence[str], out: Path) -> None:
-    """Draw a confusion matrix, each row as shares of the pixels of its true class; blank where that never occurs.
+    """Draw a confusion matrix, each row as shares of the pixels of its true class; blank if that class never occurs.
 
     ``confusion`` counts pixels, int64 (C, C), by true class (row) and predicted class (column).
     """
@@ -160,7 +160,7 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], out: Path) -> No
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     percents = PercentFormatter(1, decimals=0, symbol="")
     figure.colorbar(image, ax=axes, shrink=0.8, pad=0.015, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1], format=percents)
-    ticks = range(0, count, -(-count // 70))  # as many names as can be read
+    ticks = range(0, count, -(-count // 70))  # at most 70 names are readable
     labels, size = [names[tick] for tick in ticks], 9 if count <= 25 else 6.5
     axes.set_xticks(ticks, labels, rotation=90 if count > 4 else 0, fontsize=size)
     axes.set_yticks(ticks, labels, fontsize=size)
@@ -168,14 +168,14 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], out: Path) -> No
         share = shares[row, column]
         colour = "white" if share > 0.35 else "0.2"
         text = axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
-        text.set_in_layout(False)  # lies inside anyway, and measuring hundreds takes seconds
+        text.set_in_layout(False)  # it lies inside the axes; measuring hundreds takes seconds
     _save(figure, out)
 
 
 def plot_predictions(images: _Arrays, truths: _Arrays, predictions: _Arrays, classes: "ClassTable", out: Path) -> None:
-    """Draw a row for each image: image, truth, prediction; below, the classes that occur. The sizes may differ.
+    """Draw a row for each image: image, truth, prediction; below, the classes that occur. Image sizes may differ.
 
-    What is no class in the truth is ignored, and shown striped.
+    Ignored pixels, those whose value in the truth is not a class, are shown striped.
     """
     names, palette = (*classes.names, "ignored"), classes.palette.copy()
     palette[classes.num_classes :] = 40
@@ -193,12 +193,13 @@ def plot_predictions(images: _Arrays, truths: _Arrays, predictions: _Arrays, cla
     drawn = Image.fromarray(np.vstack([*parts, legend(names, palette, sorted(seen), width)]))
     for number, title in enumerate(("image", "truth", "prediction")):
         ImageDraw.Draw(drawn).text((width * (2 * number + 1) / 6, 13), title, (30, 30, 30), _font(16), anchor="mm")
-    out.parent.mkdir(parents=True, exist_ok=True)  # 256 colours are a third of the size and the same to the eye
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # With 256 colours the file has a third of the size and looks the same.
     drawn.quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
 
 
 def plot_groups(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: str, out: Path) -> None:
-    """Draw every run as a dot, and mean and 95 % interval of each group as a bar, one panel for each protocol.
+    """Draw one panel for each protocol: every run as a dot, the mean of a group as a tick, its 95 % interval as a bar.
 
     ``protocols`` maps name -> group -> ``runs`` (name -> score), ``mean``, and ``low`` and ``high`` or None; ``unit``
     is the label of the scores.
@@ -224,14 +225,14 @@ def plot_groups(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]], unit: 
     _save(figure, out)
 
 
-_SETTINGS = ("size", "batch", "precision", "runtime")  # of a row of a benchmark
+_SETTINGS = ("size", "batch", "precision", "runtime")  # keys of a benchmark row, besides "model"
 
 
 def plot_speed(rows: Sequence[Mapping[str, Any]], where: str, out: Path) -> None:
-    """Draw mIoU over images per second: for each row of a benchmark whose ``miou`` is known a mark.
+    """Draw mIoU over images per second, with a mark for each row of a benchmark whose ``miou`` is known.
 
-    Colours are models, shapes are what else differs between the rows; what all have in common stands below. ``where``
-    says on what it was measured, and what was timed.
+    Colours stand for models, shapes for the combinations of other settings that differ. Settings that all rows share
+    are named on the x axis, after ``where``: the hardware and what was timed.
     """
     known = [row for row in rows if row["miou"] is not None]
     values = {key: list(dict.fromkeys(str(row[key]) for row in known)) for key in _SETTINGS}
@@ -260,7 +261,10 @@ def plot_speed(rows: Sequence[Mapping[str, Any]], where: str, out: Path) -> None
 def _class_figure(
     panels: Mapping[str, Mapping[str, np.ndarray]], classes: "ClassTable", shown: Sequence[int]
 ) -> tuple[Figure, Any]:
-    """Panels (title -> label -> values) with a row for each class: bars for the first label, marks for the others."""
+    """Draw panels with a row for each class in ``shown``: bars for the first label, marks for the others.
+
+    ``panels`` maps title -> label -> values, one for each row. Returns the figure and its axes.
+    """
     rows, (height, size) = np.arange(len(shown)), (0.24, 8.5) if len(shown) <= 40 else (0.15, 6.5)  # inches, points
     figure, (grid,) = _figure((4.5 + 3 * len(panels), 1.6 + height * len(shown)), 1, len(panels), sharey=True)
     for axes, (title, columns) in zip(grid, panels.items(), strict=True):
@@ -288,13 +292,13 @@ def _colour(number: int) -> str:
 
 
 def _save(figure: Figure, out: Path) -> None:
-    figure.draw_without_rendering()  # rotated labels move what the layout has placed; the second time it fits
+    figure.draw_without_rendering()  # rotated labels shift the layout; it fits when drawn a second time
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, format="png", pil_kwargs={"optimize": True})
 
 
 def _read_series(metrics_csv: Path) -> dict[str, _Series]:
-    """Every column of a metrics file over the steps done, which ``step`` counts from 0."""
+    """Read each column of a metrics file that has values; the column ``step`` counts from 0, the result from 1."""
     with metrics_csv.open(newline="") as file:
         rows = list(csv.DictReader(file))
     series: dict[str, _Series] = {}
@@ -306,13 +310,13 @@ def _read_series(metrics_csv: Path) -> dict[str, _Series]:
 
 
 def _named(series: Mapping[str, _Series], start: str, end: str = "") -> dict[str, _Series]:
-    """The series whose names start and end so, by what stands between."""
+    """Return the series whose names have this start and end, by the part of the name in between."""
     found = [name for name in series if name.startswith(start) and name.endswith(end)]
     return {name.removeprefix(start).removesuffix(end): series[name] for name in found}
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Exponential moving average over a twentieth of the values, without the bias to its start."""
+    """Exponential moving average with a window of a twentieth of the values, corrected for its start from 0."""
     from scipy.signal import lfilter  # slow to import, and only needed here
 
     keep = 1 - 1 / max(len(values) / 20, 1)
@@ -327,7 +331,7 @@ def overlay(
 ) -> np.ndarray:
     """Lay a coloured mask over its image.
 
-    ``alpha`` is the weight of the colours in [0, 1]; ``edges`` are thin light lines where classes meet.
+    ``alpha`` is the weight of the colours in [0, 1]; ``edges`` draws thin light lines between classes.
     """
     mixed = np.rint((1 - alpha) * image.astype(np.float32) + alpha * palette[mask]).astype(np.uint8)
     if edges:
@@ -337,17 +341,17 @@ def overlay(
 
 
 def legend_columns(names: Sequence[str], width: int) -> int:
-    """How many entries a line of :func:`legend` holds."""
+    """Return how many entries a line of :func:`legend` holds."""
     return max(1, int(width // _entry(names, width)[1]))
 
 
 def legend(
     names: Sequence[str], palette: np.ndarray, shown: Sequence[int], width: int, rows: int | None = None
 ) -> np.ndarray:
-    """Colour and name of the classes ``shown``, line by line: an image, dark on white.
+    """Draw colour and name of the classes ``shown`` (train ids), line by line, as an image with dark text on white.
 
-    ``names`` of all classes decide how wide a column is, ``width`` in pixels how large the letters are; ``rows`` is the
-    number of lines, for images of equal height, and as many as the entries need by default.
+    The longest of all ``names`` sets the width of a column, the image's ``width`` in pixels the font size. ``rows`` is
+    the number of lines, for images of equal height; None: as many as the entries need.
     """
     font, entry = _entry(names, width)
     size, columns, line = round(font.size), legend_columns(names, width), round(1.6 * font.size)
@@ -364,7 +368,7 @@ def legend(
 
 
 def _entry(names: Sequence[str], width: int) -> tuple[ImageFont.FreeTypeFont, float]:
-    """Letters and width of a column in pixels."""
+    """Return the font, and the width of a column of :func:`legend` in pixels."""
     font = _font(min(max(width // 60, 11), 26))
     return font, 3.2 * font.size + max(font.getlength(_short(name)) for name in names)
 
@@ -386,10 +390,9 @@ _UNIT = "scores in %"
 
 
 def score_table(columns: Mapping[str, Mapping[str, Any]], width: int) -> Group:
-    """Scores side by side for the terminal: the means, then the IoU of each class and category.
+    """Return scores side by side for the terminal: the means, then the IoU of each class and category.
 
-    Where they are too many for one table of this ``width`` in characters, several stand below each other; headers are
-    folded, numbers never cut.
+    Columns that do not fit into ``width`` characters go to further tables below. Headers are folded, numbers never cut.
     """
     sections, labels, tables = _sections(columns), list(columns), []
     names = max(len(name) for section in sections for name in section)
@@ -410,19 +413,19 @@ def score_table(columns: Mapping[str, Mapping[str, Any]], width: int) -> Group:
 
 
 def markdown_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """What :func:`score_table` shows, as a Markdown table."""
+    """Return the scores that :func:`score_table` shows as one Markdown table."""
     rows = [[name, *cells] for section in _sections(columns) for name, cells in section.items()]
     return markdown([_UNIT, *columns], rows)
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of which all columns but the first hold numbers."""
+    """Return a Markdown table whose first column is aligned left, as text, and the others right, as numbers."""
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _sections(columns: Mapping[str, Mapping[str, Any]]) -> list[dict[str, list[str]]]:
-    """Rows of name -> one cell for each column: the means, the classes, the categories."""
+    """Return the rows (name -> one cell for each column) of means, classes and categories, if there are any."""
     scores = list(columns.values())
     means = {key: title for key, title in _SUMMARY.items() if any(key in column for column in scores)}
     sections = [{title: [_cell(key, column.get(key)) for column in scores] for key, title in means.items()}]
@@ -440,7 +443,7 @@ def _cell(key: str, value: float | None) -> str:
 
 
 def percent(score: float | None) -> str:
-    """A score in [0, 1] in percent; None is a dash."""
+    """Format a score in [0, 1] as a percentage without sign; None becomes a dash."""
     return "-" if score is None else f"{100 * score:.2f}"
 
 
@@ -448,12 +451,12 @@ def percent(score: float | None) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file; as :func:`write_text`."""
+    """Write or replace a JSON file, as :func:`write_text` does."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write or replace a file, whole or not at all. That no run is overwritten, the choice of its folder sees to."""
+    """Write or replace a file in UTF-8, whole or not at all; callers see to it that no run is overwritten."""
     with replacing(path) as stream:
         stream.write(text.encode())
 
@@ -464,10 +467,10 @@ def write_counts(path: Path, scores: "SegmentationScores") -> None:
 
 
 def provenance(seeds: Mapping[str, int]) -> dict[str, Any]:
-    """What a number depends on beside its configuration: code, versions, hardware, seeds."""
-    import torch  # which comparing runs does not need
+    """Return what a result depends on besides its configuration: code, versions, hardware, seeds."""
+    import torch  # slow to import, and not needed to compare runs
 
-    def git(*arguments: str) -> str | None:  # reads a checkout of another owner too
+    def git(*arguments: str) -> str | None:  # safe.directory: the checkout may belong to another user
         command = ["git", "-c", "safe.directory=*", "-C", str(Path(__file__).parent), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
@@ -498,7 +501,7 @@ def _processor() -> str:
 
 
 def write_results(results: Mapping[str, Any], folder: Path) -> None:
-    """Write and show what ``results.json`` holds; that file comes last: with it a run is finished."""
+    """Write ``results.md``, then ``results.json``, and print them; a run with ``results.json`` counts as finished."""
     lines = [f"{results['name']}: {results['precision']} on {results['device']}", *_result_lines(results)]
     text = "".join(f"- {line}\n" for line in lines) + f"\n{markdown_table(_result_columns(results))}"
     write_text(folder / "results.md", text)
@@ -507,7 +510,7 @@ def write_results(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def show_results(results: Mapping[str, Any]) -> None:
-    """Print the scores as a table, and each mean IoU in a line."""
+    """Print the content of ``results.json``: the scores as a table, then each mean IoU on a line."""
     console = Console()
     console.print(score_table(_result_columns(results), console.width))
     for line in _result_lines(results):
@@ -515,7 +518,7 @@ def show_results(results: Mapping[str, Any]) -> None:
 
 
 def _result_columns(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores of a run side by side: of each protocol, of the last weights and of those best on val."""
+    """Return the columns of a score table: each protocol with the last weights, then with those best on val."""
     best = results.get("best_on_val") or results
     further = best["protocols"] if best["step"] != results["step"] else {}
     return {**results["protocols"], **{f"{name} (best on val)": scores for name, scores in further.items()}}
@@ -533,7 +536,7 @@ def _result_lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def show_data(findings: Mapping[str, Any]) -> None:
-    """Print what ``check_data.json`` holds: a table, warnings and problems, and the suggested normalisation."""
+    """Print the content of ``check_data.json``: a table, warnings, problems, and the suggested normalisation."""
     console, splits = Console(), findings["splits"]
     table = Table(show_footer=True)
     table.add_column("class", footer="pairs (fit)\nsizes\nignored", no_wrap=True)

@@ -163,6 +163,7 @@ def compare(
 
 
 def _select(scores: Any, metric: str, where: str) -> float | None:
+    """Return the score at the dotted key ``metric``, in [0, 1] or None; ``where`` names the scores in messages."""
     for key in metric.split("."):
         if key in ("definition", "seconds") or not isinstance(scores, dict) or key not in scores:
             raise ValueError(f"metric: got {metric!r}, accepted: the key of a score, which {where} has not")

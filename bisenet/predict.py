@@ -53,7 +53,7 @@ class Source:
     origin: Path | int | str
     """A file, the index of a camera, or the address of a stream."""
     name: Path
-    """Path of its outputs, relative to the folder of their kind and without suffix."""
+    """Path of its outputs in the folder of their kind; without suffix, unless two sources would then share it."""
 
     @property
     def is_stream(self) -> bool:

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from bisenet.files import replacing
 
-if TYPE_CHECKING:  # both import torch, which comparing runs does not need
+if TYPE_CHECKING:  # bisenet.metrics imports torch, which comparing runs does not need
     from bisenet.classes import ClassTable
     from bisenet.metrics import SegmentationScores
 

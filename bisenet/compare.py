@@ -166,7 +166,7 @@ def _select(scores: Any, metric: str, where: str) -> float | None:
     """Return the score at the dotted key ``metric``, in [0, 1] or None; ``where`` names the scores in messages."""
     for key in metric.split("."):
         if key in ("definition", "seconds") or not isinstance(scores, dict) or key not in scores:
-            raise ValueError(f"metric: got {metric!r}, accepted: the key of a score, which {where} has not")
+            raise ValueError(f"metric: got {metric!r}, accepted: the key of a score; {where} has no such score")
         scores = scores[key]
     if not (scores is None or (isinstance(scores, float) and 0 <= scores <= 1)):
         raise ValueError(f"metric: got {metric!r}, accepted: the key of a single score in [0, 1]")

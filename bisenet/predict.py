@@ -409,7 +409,7 @@ class _Outputs:
             target.parent.mkdir(parents=True, exist_ok=True)
             video = cv2.VideoWriter(str(_draft(target)), cv2.VideoWriter.fourcc(*_CODEC), rate, (width, height))
             if not video.isOpened():
-                raise OSError(f"{target} cannot be written: OpenCV has no encoder for {_CODEC} here, or no place")
+                raise OSError(f"{target} cannot be written: OpenCV has no encoder for {_CODEC}, or cannot write there")
             self.video, self.size = video, (height, width)
         if (height, width) != self.size:  # OpenCV would drop the frame silently
             raise UnusableInput(f"{self.source}: frame {self.number} has another size than the first")

@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
@@ -34,6 +35,7 @@ _T = TypeVar("_T")
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 _KINDS = ("overlay", "palette", "train_ids", "label_ids")
+_HEADER_LOCK = threading.Lock()  # a header is read without Pillow's limit, which all threads share
 _CODEC = "mp4v"  # the one for .mp4 that opencv-python can encode; it has no H.264
 _LEGEND_ROWS = 4  # at most, below a video; if more classes exist, those with most pixels in the frame are named
 
@@ -132,7 +134,8 @@ def read_image(path: Path, max_pixels: float = 1e8) -> np.ndarray:
 def decode_image(content: bytes, path: Path | str, max_pixels: float) -> np.ndarray:
     """Decode the bytes of a file as :func:`read_image` does; ``path`` names it in messages."""
     try:
-        width, height, count = _header(content)
+        with _HEADER_LOCK:
+            width, height, count = _header(content)
         if width * height > max_pixels:
             size = f"{width} x {height}, {width * height / 1e6:.0f} megapixels"
             raise TooLarge(f"{path} has {size}; accepted: up to {max_pixels / 1e6:g}, unless max_pixels says more")

@@ -138,7 +138,7 @@ def plot_data(findings: Mapping[str, Any], classes: "ClassTable", out: Path) -> 
     panels = {"share of the labelled pixels, %": shares, "share of the images that hold the class, %": occurrences}
     figure, (pixels, images) = _class_figure(panels, classes, range(classes.num_classes))
     pixels.set_xscale("log")
-    pixels.set_xlim(10 ** np.floor(np.log10(min(1, *map(np.nanmin, shares.values()))) - 0.05), 100)
+    pixels.set_xlim(10 ** np.floor(np.log10(np.nanmin([1, *np.concatenate([*shares.values()])])) - 0.05), 100)
     pixels.xaxis.set_major_formatter("{x:g}")
     images.set_xlim(0, 102)
     _save(figure, out)

@@ -197,7 +197,7 @@ def _lookup(array: np.ndarray, values: Mapping[Any, Any]) -> np.ndarray:
 
 
 def _parse_class(row: dict[str, Any], next_train_id: int) -> SegmentationClass:
-    """Read one class of :meth:`ClassTable.from_dict`; a key that is left over is the constructor's to refuse."""
+    """Read one class of :meth:`ClassTable.from_dict`; the constructor refuses unknown keys."""
     if "ids" not in row:
         row["ids"] = row.pop("id", [])
     if "train_id" not in row:

@@ -1,9 +1,9 @@
-"""Images and masks decoded once, in files that are mapped into memory: a training reads its crops' windows from there.
+"""A cache of decoded images and masks, in files that are mapped into memory: a training reads only its crops' windows.
 
-A cache is a folder that trainings share, with a file for each sample: RGB (H, W, 3), then the mask (H, W). A file's
-name says which files of the data set it was made of, at what size and time of change, and holds the checksum, so that
-the folder is its own index. Files appear whole and are never changed, so that readers need no lock; builders take
-turns. ``cache.json`` says of what the cache is.
+A cache is a folder that trainings share, with a file for each sample: RGB (H, W, 3), then the mask (H, W). The file's
+name holds a digest of the sample (paths, sizes, times of change), the image's size and a checksum of the pixels, so
+that the folder is its own index. Files appear whole and are never changed, so that readers need no lock; processes
+that decode take turns. ``cache.json`` describes the data set.
 """
 
 import json
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2  # of the files
+_FORMAT = 2  # version of the files' layout
 Pixels = tuple[np.ndarray, np.ndarray]
-"""Image and mask, as ``read_sample`` gives them."""
+"""Image and mask, as :func:`bisenet.data.datasets.read_sample` returns them."""
 
 
 class DecodedCache:
     """The decoded samples of a data set.
 
-    Size and time of change are checked whenever samples are added, the checksum of a sample when a process reads it for
-    the first time (1 ms for 1024x2048; all of them at the start would be the whole cache).
+    :meth:`add` checks size and time of change of the data set's files. A sample's checksum is checked when a process
+    reads it for the first time (1 ms for 1024x2048); checking all at the start would mean to read the whole cache.
 
     Args:
         root: folder of all caches.
-        of: what the pixels depend on beside the files, plain values; among them ``root``, the folder of the data set.
-            With the versions of the decoders it makes the cache's name.
-        read: decodes a sample; what it raises passes.
+        of: everything but the files that determines the pixels, in plain values, with ``root``, the folder of the data
+            set. The cache is named after these values and the versions of the decoders.
+        read: function that decodes a sample; its errors pass through.
         resident: read all samples into memory when they are added, instead of each page when it is needed.
     """
 
@@ -62,15 +62,17 @@ class DecodedCache:
         self._checked: set[Path] = set()
 
     def add(self, samples: "Sequence[Sample]", pool: Callable[[], Any] | None = None) -> None:
-        """Decode those that are not there, or whose files have changed; another process that does is waited for.
+        """Decode the samples that are not in the cache, or whose files have changed.
+
+        If another process is decoding into this cache, wait for it.
 
         Args:
-            samples: of files that exist and whose headers are in order.
-            pool: makes an executor of processes to share the work; None: no process but this one.
+            samples: samples whose files exist and have sound headers.
+            pool: function that makes an executor of processes to share the work; None: only this process.
 
         Raises:
-            ValueError: what ``read`` raises; a disk that is too small.
-            OSError: the cache cannot be written; the message names it.
+            ValueError: an error of ``read``, or too little room on the disk.
+            OSError: the cache cannot be written; the message names the file.
         """
         if self._missing(samples):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,20 +84,23 @@ class DecodedCache:
                 self.view(sample)
 
     def view(self, sample: "Sample") -> Pixels:
-        """Image, RGB uint8 (H, W, 3), and mask, uint8 (H, W), not to be written to; read where they are used."""
+        """Image, RGB uint8 (H, W, 3), and mask, uint8 (H, W), both read-only; each page is read when it is used.
+
+        A damaged or missing copy is decoded and written again, with a warning.
+        """
         file = self._files[sample]
         _, size, checksum = file.stem.split("-")
         height, width = map(int, size.split("x"))
-        with suppress(OSError, ValueError):  # it is gone, or shorter
+        with suppress(OSError, ValueError):  # the file is missing or truncated
             pixels = np.asarray(np.memmap(file, np.uint8, "r", shape=4 * height * width))
             image, mask = pixels[: -height * width].reshape(height, width, 3), pixels[-height * width :]
             if file in self._checked or _checksum(pixels) == checksum:
                 self._checked.add(file)
                 return image, mask.reshape(height, width)
-        log.warning("%s: what it holds of %s is damaged, and decoded again", file, sample.image)
+        log.warning("%s: the decoded copy of %s is damaged or missing; it is decoded again", file, sample.image)
         image, mask = self._read(sample)
-        if _checksum(_joined(image, mask)) == checksum:  # else the files have changed since the start
-            with suppress(OSError):  # a cache that may only be read
+        if _checksum(_joined(image, mask)) == checksum:  # else the data set has changed since the start
+            with suppress(OSError):  # the cache may be read-only
                 _write(file, _joined(image, mask))
         return image, mask
 
@@ -105,9 +110,9 @@ class DecodedCache:
         return np.array(image), np.array(mask)
 
     def _missing(self, samples: "Sequence[Sample]") -> "list[Sample]":
-        """Those that are not there; where the others are is noted."""
+        """The samples that have no file in the cache; the files of the others are recorded."""
         there = {file.name.partition("-")[0]: file for file in self.folder.glob("*.u8")}
-        found = {sample: there.get(_digest(sample)) for sample in samples}  # one that is listed twice is one
+        found = {sample: there.get(_digest(sample)) for sample in samples}  # a sample that is listed twice counts once
         self._files |= {sample: file for sample, file in found.items() if file}
         return [sample for sample, file in found.items() if file is None]
 
@@ -116,7 +121,7 @@ class DecodedCache:
         try:
             return lock.acquire(blocking=False)
         except Timeout:
-            log.info("another process decodes into %s, which is waited for", self.folder)
+            log.info("waiting for another process that decodes into %s", self.folder)
             return lock.acquire()
 
     def _build(self, missing: "list[Sample]", pool: Callable[[], Any] | None) -> None:
@@ -136,8 +141,8 @@ class DecodedCache:
 
 
 def _decode(sample: "Sample", read: "Callable[[Sample], Pixels]", folder: Path) -> Path:
-    """Decode a sample, and write it."""
-    digest = _digest(sample)  # before: files that change meanwhile are seen the next time
+    """Decode a sample and write it; returns the file."""
+    digest = _digest(sample)  # before reading: a file that changes meanwhile is decoded again the next time
     image, mask = read(sample)
     pixels = _joined(image, mask)
     file = folder / f"{digest}-{mask.shape[0]}x{mask.shape[1]}-{_checksum(pixels)}.u8"
@@ -155,13 +160,13 @@ def _joined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _digest(sample: "Sample") -> str:
-    """Of which files there are, and of how they are read."""
+    """Digest of a sample: its files' paths, sizes and times of change, and how they are read."""
     files = [(os.path.abspath(f), f.stat().st_size, f.stat().st_mtime_ns) for f in (sample.image, sample.label)]
     return sha256(json.dumps([files, sample.train_ids, sample.exif]).encode()).hexdigest()[:24]
 
 
 def _size(sample: "Sample") -> int:
-    with Image.open(sample.label) as label:  # which has the size of the image
+    with Image.open(sample.label) as label:  # image and label have the same size
         return 4 * label.size[0] * label.size[1]
 
 

@@ -1,4 +1,4 @@
-"""A walk over a data set as training reads it, that does not stop at the first problem."""
+"""Check a data set: read every file as training would, and collect all problems instead of stopping at the first."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ from bisenet.launch import cores, pool
 
 @dataclass
 class _Split:
-    """What the files of one split hold; files with a problem are left out of the counts."""
+    """What was found in the files of one split; files with a problem are left out of the counts."""
 
-    pairs: int = 0  # named by the split, whether they are there or not
+    pairs: int = 0  # pairs that the split names, also those whose files are missing
     problems: list[str] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)  # that are fit
-    ignored: list[str] = field(default_factory=list)  # those whose labels are ignored all over
-    black: list[str] = field(default_factory=list)  # those that are nearly black
+    images: list[str] = field(default_factory=list)  # without a problem
+    ignored: list[str] = field(default_factory=list)  # images whose pixels are all ignored
+    black: list[str] = field(default_factory=list)  # images that are nearly black
     sizes: Counter[str] = field(default_factory=Counter)
     counts: np.ndarray = field(default_factory=lambda: np.zeros((5, 256), np.int64))  # see _inspect
 
@@ -35,22 +35,22 @@ def check(
     """Read every file of some splits as training would, in several processes.
 
     Args:
-        dataset: as :class:`bisenet.data.datasets.FolderDataset`.
+        dataset: an object like :class:`bisenet.data.datasets.FolderDataset`.
         table: its class table.
         splits: their names.
-        train_split: the one that is trained on; mean and standard deviation are suggested from it.
+        train_split: name of the training split; the suggested mean and standard deviation are measured on it.
         workers: number of processes beside this one; 0: none, None: one per core.
         exif: as of :func:`bisenet.data.datasets.list_samples`.
 
     Returns:
-        Plain data: ``class_table``, its name; ``fit``, whether every file is what it should be and there is something
-        to learn; ``suggested`` mean and std; ``warnings``, what may surprise; ``splits``, what each holds, among it
-        ``problems``, one line for each missing or wrong file, or for a split that cannot be listed.
+        Plain data: ``class_table`` (its name), ``fit`` (whether no split has a problem, and each has pixels that are
+        not ignored), ``suggested`` (mean and std), ``warnings`` (lines), and ``splits`` (name -> findings, with
+        ``problems``: a line for each missing or wrong file, or for a split that cannot be listed).
 
     Raises:
         BrokenProcessPool: one of the processes was killed.
     """
-    cv2.setNumThreads(0)  # before the fork: threads of OpenCV do not survive it
+    cv2.setNumThreads(0)  # before forking: OpenCV's threads do not survive a fork
     processes = cores() if workers is None else workers
     walked = {split: _walk(dataset, table, split, exif, processes) for split in splits}
     found = {split: _describe(walk, table) for split, walk in walked.items()}
@@ -96,20 +96,23 @@ def _walk(dataset: Any, table: ClassTable, split: str, exif: str | None, workers
 
 
 def _inspect(sample: Sample, table: ClassTable) -> tuple[str, np.ndarray] | str:
-    """Size and counts (5, 256) by value: pixels of red, green, blue and train ids, and whether the train id occurs."""
+    """Size ``HxW``, and counts int64 (5, 256); or the problem.
+
+    Rows of the counts: pixels by value of red, green and blue, pixels by train id, and 1 for each train id that occurs.
+    """
     try:
         check_headers(sample)
         image, mask = read_sample(sample, table)
     except (OSError, ValueError) as error:
         return str(error)
-    except Exception as error:  # of a decoder, which knows no file
+    except Exception as error:  # a decoder's error does not name the file
         return f"{sample.image} or its label: {type(error).__name__}: {error}"
     counts = [np.bincount(plane.ravel(), minlength=256) for plane in (*image.transpose(2, 0, 1), mask)]
     return f"{mask.shape[0]}x{mask.shape[1]}", np.stack([*counts, counts[3] > 0])
 
 
 def _describe(found: _Split, table: ClassTable) -> dict[str, Any]:
-    """What ``check_data.json`` holds of a split."""
+    """A split's entry in ``check_data.json``."""
     values, pixels = np.arange(256) / 255, found.counts[3]
     total, valid = int(pixels.sum()), int(pixels[: table.num_classes].sum())
     mean = found.counts[:3] @ values / max(total, 1)
@@ -128,7 +131,7 @@ def _describe(found: _Split, table: ClassTable) -> dict[str, Any]:
 
 
 def _warnings(walked: dict[str, _Split], table: ClassTable, split: str, train_split: str) -> Iterator[str]:
-    """What does not keep from training, but may surprise."""
+    """Findings of a split that do not prevent a training, but may surprise."""
     found = walked[split]
     if absent := [name for name, pixels in zip(table.names, found.counts[3], strict=False) if not pixels]:
         effect = "cannot be learnt" if split == train_split else "are left out of the mean IoU"

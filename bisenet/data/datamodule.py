@@ -35,28 +35,29 @@ class SegmentationDataModule(L.LightningDataModule):
     Evaluation takes every image once, whole, one per batch, in a fixed order, shared out over the ranks.
 
     Args:
-        dataset: called with ``root``, gives a data set (see :class:`bisenet.data.datasets.FolderDataset`).
+        dataset: function from ``root`` to a data set (see :class:`bisenet.data.datasets.FolderDataset`).
         root: folder of the data set.
-        classes: class table, or what :meth:`ClassTable.load` takes: the name of one, or a YAML or JSON file.
-        augment: albumentations transforms of the training samples, in order; of a mapping its values.
-        seed: keys order and augmentation of the training samples.
+        classes: class table, or the name or file of one (see :meth:`ClassTable.load`).
+        augment: albumentations transforms of the training samples, in order, as a sequence or as values of a mapping.
+        seed: key of the order and the augmentation of the training samples.
         name: short name, for folders and tables.
         train_split: split that is trained on. ``a+b`` is two splits, ``trainval`` is ``train+val``.
-        val_split: split of the validations on the way; it selects ``best.ckpt``.
+        val_split: split of the validations during training, which select ``best.ckpt``.
         report_split: split of the final evaluation, whose numbers are reported.
         mean: RGB mean in [0, 1] that normalises images on the device.
         std: RGB standard deviation in (0, 1].
         eval_window: (height, width) in pixels of the windows of protocols that crop.
-        eval_short_side: protocols first resize each image to a shorter side of so many pixels; None: to none.
+        eval_short_side: protocols first resize each image so that its shorter side has this many pixels; None: no
+            protocol does.
         batch_size: images per optimisation step, over all devices and all accumulated batches.
         workers: data-loading processes per device; 0 loads in the main process; ``auto``: one for each core that the
             devices' own processes leave, up to 16. The data do not depend on it.
         limit: use only the first so many images of every split; None: all.
-        exif: what becomes of images that the camera notes to be shown turned or mirrored: ``apply`` (the label was
-            drawn on the upright image), ``ignore`` (on the pixels as stored), or None: an error that names the file.
+        exif: how to treat images with an EXIF orientation: ``apply`` it (labels were drawn on the upright image),
+            ``ignore`` it (labels were drawn on the pixels as stored); None: such an image is an error.
         cache: ``memmap``: images are decoded once, into files that all trainings read (see :mod:`bisenet.data.cache`);
-            ``ram``: and read into memory at the start; None: decoded whenever they are seen. The data do not depend
-            on it.
+            ``ram``: the same, and they are read into memory at the start; None: images are decoded each time. The
+            data do not depend on it.
         cache_root: folder of the caches.
 
     Raises:
@@ -102,12 +103,12 @@ class SegmentationDataModule(L.LightningDataModule):
         self._digests: dict[str, str] = {}
 
     def prepare_data(self) -> None:
-        """Let a data set that makes its files itself make them, unless they are there."""
+        """Let a data set that makes its files itself make those that are missing."""
         if hasattr(self.dataset, "prepare"):
             self.dataset.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """List and check the splits of a stage; for ``fit`` all of them, since an evaluation follows the training."""
+        """List and check the splits of a stage; for ``fit`` all splits, since an evaluation follows the training."""
         _, world, batches = self._share()
         if stage in ("fit", None) and self.batch_size % (world * batches):
             accepted = f"multiples of {world * batches}, the devices times trainer.accumulate_grad_batches"
@@ -123,14 +124,17 @@ class SegmentationDataModule(L.LightningDataModule):
                                 "images the network has not seen", seen, len(self.samples(split)), split)  # fmt: skip
 
     def samples(self, split: str) -> list[Sample]:
-        """The samples of any split, checked: all headers, the labels of a small set, and a few whole files.
+        """The samples of any split. All headers are checked, and up to 400 labels and 16 images are decoded.
 
         Raises:
-            FileNotFoundError, ValueError: see :func:`bisenet.data.datasets.list_samples`; a file that is damaged or of
-                the wrong kind or has no label, ids outside the class table, or a split with only ignored pixels.
+            FileNotFoundError: see :func:`bisenet.data.datasets.list_samples`.
+            ValueError: see there; or a file is damaged, of the wrong kind or without a label, an id is not in the class
+                table, or a split has only ignored pixels or only black images.
         """
         if split not in self._samples:
             samples = datasets.list_samples(self.dataset, split, self.exif)[: self.limit]
+            if not samples:
+                raise ValueError(f"split {split!r} of {self.root} is empty")
             for sample in samples:
                 datasets.check_headers(sample)
             if self._cache:
@@ -148,11 +152,11 @@ class SegmentationDataModule(L.LightningDataModule):
         return self._samples[split]
 
     def state_dict(self) -> dict[str, str]:
-        """Split -> its number of samples and a digest of their names and sizes, for a run that is continued."""
+        """Split -> number of samples and digest of their names and sizes, which a continued run compares."""
         return dict(self._digests)
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        """Raise a ValueError if a split of a run that is continued is not what it was."""
+        """Raise a ValueError if a split has changed since the run that is continued was begun."""
         trainer: Any = self.trainer
         same_run = Path(trainer.ckpt_path).is_relative_to(trainer.default_root_dir)
         for split, there in state_dict.items():
@@ -163,16 +167,16 @@ class SegmentationDataModule(L.LightningDataModule):
                 )
 
     def examples(self, split: str, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Up to so many images and masks, evenly over a split and always the same (see ``datasets.read_sample``)."""
+        """Up to ``most`` images and masks (as ``datasets.read_sample``), evenly over a split and always the same."""
         return [self._read(sample) for sample in _spread(self.samples(split), most)]
 
     def _masks(self, samples: Iterable[Sample]) -> Iterator[np.ndarray]:
-        """Without the images, where those need not be decoded."""
+        """The masks of samples; without a cache, images are not decoded."""
         for sample in samples:
             yield self._cache.view(sample)[1] if self._cache else datasets.read_mask(sample, self.table)
 
     def class_counts(self, split: str) -> np.ndarray:
-        """Pixels of each train id in the labels of a split, int64 (C,). Reads all of them: tens of ms each."""
+        """Pixels of each train id in the labels of a split, int64 (C,). Reads all labels: tens of ms each."""
         counts = np.zeros(256, np.int64)
         samples = self.samples(split)
         for mask in track(self._masks(samples), "Counting classes", len(samples), transient=True):
@@ -180,13 +184,13 @@ class SegmentationDataModule(L.LightningDataModule):
         return counts[: self.table.num_classes]
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Endless batches from the trainer's current step on; each rank gets its part."""
+        """Endless batches from the trainer's current step on; each rank gets its part of every step."""
         rank, world, parts = self._share()
         samples = self.samples(self.train_split)
         start = self.trainer.global_step * parts if self.trainer else 0
-        size = self.batch_size // parts  # the parts of a step in order are the step: its draws stay the same
+        size = self.batch_size // parts  # accumulated batches split a step, whose draws stay the same
         batches = datasets.TrainingBatches(len(samples), size, self.seed, start=start, rank=rank, world=world)
-        # ScaleCrop reads the window that it needs and writes to nothing; another transform gets arrays of its own.
+        # ScaleCrop reads only its window. Another first transform may write to its input, and gets copies.
         windowed = bool(self.transform.transforms) and isinstance(self.transform.transforms[0], ScaleCrop)
         read = self._cache.view if self._cache and windowed else self._read
         augmented = datasets.TrainingSet(samples, read, self.transform, self.seed)
@@ -211,7 +215,7 @@ class SegmentationDataModule(L.LightningDataModule):
         return self._loader(datasets.EvaluationSet(samples, self._read), sampler=range(rank, len(samples), world))
 
     def _share(self) -> tuple[int, int, int]:
-        """This process's rank, the number of processes, and how many batches of each make a step."""
+        """Rank of this process, number of processes, and number of accumulated batches in a step."""
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches) if trainer else (0, 1, 1)
 
@@ -222,7 +226,7 @@ class SegmentationDataModule(L.LightningDataModule):
         return min(16, max(0, cores() // processes - 1)) if self.workers == "auto" else int(self.workers)
 
     def _loader(self, dataset: Dataset[dict[str, Tensor]], **sampling: Iterable[Any]) -> DataLoader[dict[str, Tensor]]:
-        cv2.setNumThreads(0)  # here: threads of OpenCV do not survive a fork, and contend with those of torch
+        cv2.setNumThreads(0)  # OpenCV's threads do not survive a fork, and compete with torch's
         workers = self._workers()
         return DataLoader(
             dataset,
@@ -231,7 +235,7 @@ class SegmentationDataModule(L.LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             worker_init_fn=_init_worker,
-            # Where it is safe to, fork: a spawned worker needs seconds to import what its parent has.
+            # Forked workers start at once; spawned ones would need seconds to import. Forking is safe on Linux.
             multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
             generator=torch.Generator(),  # else each iterator takes a number from the generator that training uses
         )
@@ -244,12 +248,12 @@ def _digest(samples: Sequence[Sample], root: Path) -> str:
 
 
 def _spread(samples: Sequence[Sample], most: int) -> list[Sample]:
-    """All samples, or so many of them, evenly."""
+    """At most ``most`` of the samples, spread evenly."""
     indices = np.linspace(0, len(samples) - 1, min(len(samples), most)).round().astype(int)
     return [samples[index] for index in np.unique(indices)]
 
 
 def _init_worker(_: int) -> None:
     cv2.setNumThreads(0)  # torch sets its own to 1
-    for number in ENDING_SIGNALS:  # which may be sent to all processes: the step that is finished needs its workers
+    for number in ENDING_SIGNALS:  # may be sent to all processes, and the step that is being finished needs its workers
         signal.signal(number, signal.SIG_IGN)

@@ -1,8 +1,8 @@
-"""Images and their labels: where data sets keep them, what may be in the files, and which a training step sees.
+"""Data sets: where their images and labels lie, how files are checked and decoded, which samples a step trains on.
 
-What training sees is a pure function of (seed, step). *Draws* are numbered from 0 on: step k consists of the draws
-k * batch_size up to (k + 1) * batch_size; pass p over the data set takes its draws in a permutation keyed by (seed, p);
-a draw's augmentation is keyed by (seed, draw). Workers, restarts and ranks change nothing in the data.
+The training data are a pure function of (seed, step). *Draws* are numbered from 0: step k consists of the draws
+k * batch_size to (k + 1) * batch_size - 1. Each pass p over the data set takes the samples in a permutation keyed by
+(seed, p), and a draw's augmentation is keyed by (seed, draw). Workers, restarts and ranks change nothing in the data.
 """
 
 import functools
@@ -25,7 +25,7 @@ from bisenet.classes import ClassTable
 from bisenet.data.scenes import write_synthetic
 
 _ACCEPTED_LABEL = "an 8-bit greyscale or palette PNG of class ids, or an 8-bit RGB PNG in the colors of the class table"
-_ORDER, _AUGMENTATION = 0, 1  # keep the two uses of a seed apart
+_ORDER, _AUGMENTATION = 0, 1  # mixed into the keys, so that both uses of a seed draw different numbers
 NEARLY_BLACK = "no value above 15 of 255, as 12-bit data in 16-bit files; scale them to the whole range first"
 NOT_SCORABLE = "so it can be neither trained on nor scored; `bisenet predict` writes what servers of benchmarks score"
 
@@ -40,7 +40,7 @@ class Sample:
     train_ids: bool = False
     """The label file holds train ids instead of the ids of the class table."""
     exif: str | None = None
-    """Whether the camera's note on how to turn the image (EXIF) is to ``apply`` or to ``ignore``; None: an error."""
+    """What to do with an EXIF orientation: ``apply`` or ``ignore`` it; None: an image that has one is an error."""
 
     @property
     def label(self) -> Path:
@@ -51,11 +51,11 @@ class Sample:
 
 
 Read = Callable[[Sample], tuple[np.ndarray, np.ndarray]]
-"""What gives image and mask of a sample."""
+"""Function that returns image and mask of a sample, as :func:`read_sample`."""
 
 
 class IncompleteSplit(FileNotFoundError):
-    """Files of a split are missing: ``problems`` names each of them, ``samples`` is what is complete of ``pairs``."""
+    """Files of a split are missing: ``problems`` names them, ``samples`` are the complete ones of ``pairs`` pairs."""
 
     def __init__(self, problems: list[str], samples: list[Sample], pairs: int) -> None:
         more = f" (and {len(problems) - 1} more such; bisenet check-data names them all)" if problems[1:] else ""
@@ -64,9 +64,10 @@ class IncompleteSplit(FileNotFoundError):
 
 
 class FolderDataset:
-    """What all data sets here share; one of your own needs :meth:`samples`.
+    """Base class of the data sets. A data set of your own only needs the method :meth:`samples`.
 
-    If it makes its files itself, it has a method ``prepare`` as well, that one process calls before any other.
+    A data set that makes its files itself also has a method ``prepare``, which one process calls before all others
+    read.
 
     Args:
         root: folder of the data set.
@@ -78,11 +79,12 @@ class FolderDataset:
         self.root = Path(root).expanduser()
 
     def samples(self, split: str) -> list[Sample]:
-        """The samples of one split in a fixed order. Every file exists; none has been opened.
+        """The samples of one split in a fixed order. Their files exist, and have not been opened.
 
         Raises:
-            FileNotFoundError: root or split, or (IncompleteSplit) files of it are missing; it says what is expected.
-            ValueError: the split is unknown or empty, or a malformed list.
+            FileNotFoundError: the root, the split or (:class:`IncompleteSplit`) some of its files are missing; the
+                message says what is expected.
+            ValueError: the split is unknown or empty, or its list is malformed.
         """
         if not self.root.is_dir():
             raise FileNotFoundError(f"data.root: {self.root} is not a folder; expected {self.help}")
@@ -98,15 +100,15 @@ class FolderDataset:
         return complete
 
     def _pairs(self, split: str) -> Iterable[tuple[str | Path, Sample]]:
-        """What names each sample, and the sample, whose files may be missing."""
+        """Each sample, whose files may be missing, after the file or line that names it, such as ``list.txt:3``."""
         raise NotImplementedError
 
 
 class Cityscapes(FolderDataset):
     """Cityscapes (Cordts et al., CVPR 2016): the official tree, ordered by city and name.
 
-    The split ``train_extra`` has coarse labels. ``labelTrainIds`` files (of the official preparation script) are read
-    where there are no ``labelIds``. A split without any labels is listed without.
+    The split ``train_extra`` has coarse labels. Where an image has no ``labelIds`` file, its ``labelTrainIds`` file
+    (made by the official preparation script) is read. A split without any labels is listed without labels.
     """
 
     help = """the official tree
@@ -204,11 +206,11 @@ lines of image,label, two paths relative to the folder. bisenet/data/README.md m
             fields, origin = [field.strip() for field in line.split(",")], f"{path}:{number}"
             if len(fields) == 2 and all(fields):
                 yield origin, Sample(self._within(fields[0], origin), self._within(fields[1], origin))
-            elif line.strip():  # which is not shown: the file may be a link to what nobody should see
+            elif line.strip():  # the line is not shown: the file may be a link to something secret
                 raise ValueError(f"{origin}: accepted: two paths, image,label, relative to {self.root}")
 
     def _within(self, name: str, origin: str) -> Path:
-        """A path relative to ``root``, by its words: where links lead is the business of whoever made them."""
+        """A path relative to ``root``, checked by its text alone; links may lead anywhere."""
         root, path = Path(os.path.normpath(self.root)), Path(os.path.normpath(self.root / name))
         if not self.outside and not path.is_relative_to(root):
             raise ValueError(f"{origin}: leads out of {root}; accepted: what lies within, or data.dataset.outside=true")
@@ -242,9 +244,10 @@ def list_samples(dataset: Any, split: str, exif: str | None = None) -> list[Samp
     """The samples of one or several splits of a data set, whatever its class.
 
     Args:
-        dataset: as :class:`FolderDataset`.
-        split: its name; ``a+b`` is one after the other, and ``trainval`` is ``train+val`` where no list has that name.
-        exif: of all samples.
+        dataset: an object like :class:`FolderDataset`.
+        split: name of the split. ``a+b`` means split a, then split b; ``trainval`` means ``train+val``, unless a list
+            has that name.
+        exif: as :attr:`Sample.exif`, for all samples.
 
     Raises:
         FileNotFoundError, ValueError: see :meth:`FolderDataset.samples`; a split that is no plain name.
@@ -264,8 +267,8 @@ def read_sample(sample: Sample, table: ClassTable) -> tuple[np.ndarray, np.ndarr
         The image, RGB uint8 (H, W, 3), and the mask, uint8 (H, W), of train ids and ``table.ignore_index``.
 
     Raises:
-        ValueError: a file that is damaged or of the wrong kind, sizes that differ, or ids outside the table. The
-            message names the file, what was found and what is accepted.
+        ValueError: a file is damaged or of the wrong kind, sizes differ, or ids are not in the table. The message
+            names the file, what was found and what is accepted.
     """
     # imdecode refuses truncated files, where imread returns a JPEG that is grey from some row on.
     data = np.fromfile(sample.image, np.uint8)
@@ -279,7 +282,7 @@ def read_sample(sample: Sample, table: ClassTable) -> tuple[np.ndarray, np.ndarr
 
 
 def read_mask(sample: Sample, table: ClassTable) -> np.ndarray:
-    """The mask of :func:`read_sample` alone, with its errors."""
+    """Decode the mask alone; errors as of :func:`read_sample`."""
     path, table = sample.label, table.train_id_table if sample.train_ids else table
     with _open_label(path) as file:
         try:
@@ -302,7 +305,7 @@ def read_mask(sample: Sample, table: ClassTable) -> np.ndarray:
 
 
 def check_headers(sample: Sample) -> None:
-    """Raise the errors that show without decoding: kind of file, orientation, sizes. About 0.2 ms."""
+    """Raise a ValueError for problems that the headers show: kind of file, orientation, sizes. Takes about 0.2 ms."""
     with _open(sample.image) as image, _open_label(sample.label) as label:
         turned, tiff = _orientation(image), image.format == "TIFF"
         if turned != 1 and (sample.exif is None or (tiff and sample.exif == "ignore")):
@@ -314,11 +317,11 @@ def check_headers(sample: Sample) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's number, of which 1 is as stored and those from 5 on exchange the sides."""
+    """The EXIF orientation, 1 to 8: 1 means as stored; from 5 on, height and width are exchanged."""
     try:  # a PNG without EXIF would be decoded to look for it behind the pixels
         noted = image.getexif() if image.format == "TIFF" or "exif" in image.info else {}
         found = noted.get(ExifTags.Base.Orientation)
-    except Exception:  # damaged bytes fail in any way, and turn nothing
+    except Exception:  # damaged bytes raise exceptions of many types; they count as orientation 1
         found = None
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
@@ -336,7 +339,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _open_label(path: Path) -> Image.Image:
-    """A label file of an accepted kind, of which the header has been read."""
+    """Open a label file and check its kind; only the header is read."""
     file: Any = _open(path)
     # How pixels are stored, such as L, P;4 or RGB;16B: Pillow stretches greyscale of fewer bits, and halves 16-bit RGB.
     stored = str(file.tile[0][3]) if file.format == "PNG" and file.tile else ""
@@ -362,9 +365,11 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
     of the next, and a data set smaller than the batch is walked several times in one.
 
     Args:
-        length, batch_size, seed: number of samples, samples per step over all ranks, what keys the permutations.
-        start: the first step.
-        rank, world: yields this rank's part of each step; the parts of all ranks in order are the step.
+        length: number of samples.
+        batch_size: samples per step, over all ranks.
+        seed: key of the permutations.
+        start: number of the first step.
+        rank, world: number of this rank, and of all ranks. The parts of all ranks, in order, make up the step.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> None:
@@ -385,7 +390,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
 class TrainingSet(Dataset[dict[str, Tensor]]):
     """Samples by (draw, index), augmented by an ``A.Compose``: ``image`` uint8 (3, H, W) and ``mask`` uint8 (H, W).
 
-    ``read`` gives image and mask of a sample, as :func:`read_sample`.
+    ``read`` returns image and mask of a sample, as :func:`read_sample`.
     """
 
     def __init__(self, samples: Sequence[Sample], read: Read, transform: Any, seed: int) -> None:

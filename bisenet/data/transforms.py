@@ -1,4 +1,4 @@
-"""Training augmentation that albumentations lacks: the reference's scale and crop, and its colour jitter, on uint8."""
+"""Training augmentation that albumentations lacks: the reference's scale-and-crop and its colour jitter, for uint8."""
 
 import math
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ class ScaleCrop(A.DualTransform):
         size: (height, width) of the result in pixels, each at least 32.
         scale: (low, high) of a uniform factor, or the factors to choose from.
         mode: ``uniform`` or ``choice``.
-        too_small: what is smaller than ``size`` is padded on all sides (``pad``: image 0, mask 255, which is ignored),
-            or resized once more until it fits (``enlarge``).
-        sides: how the sides of the scaled image become whole pixels: ``round``, or as the generations of the reference
-            ``ceil`` (current) or ``floor`` (older).
+        too_small: a scaled image smaller than ``size`` is padded on all sides (``pad``: image 0, mask 255, ignored), or
+            resized once more until it fits (``enlarge``).
+        sides: how the sides of the scaled image are made whole pixels: ``round``; ``ceil`` as the reference's current
+            generation, or ``floor`` as its older one.
 
     Raises:
         ValueError: a value outside its range.
@@ -37,7 +37,8 @@ class ScaleCrop(A.DualTransform):
         sides: str = "round",
     ) -> None:  # fmt: skip
         super().__init__(p=1)
-        _require(_numbers(size, 32) and len(size) == 2, "size", size, "[height, width] in pixels, each at least 32")
+        whole = _numbers(size, 32) and len(size) == 2 and all(isinstance(side, int) for side in size)
+        _require(whole, "size", size, "[height, width] in pixels, each at least 32")
         _require(mode in ("uniform", "choice"), "mode", mode, "uniform | choice")
         _require(too_small in ("pad", "enlarge"), "too_small", too_small, "pad | enlarge")
         _require(sides in _SIDES, "sides", sides, " | ".join(_SIDES))
@@ -90,11 +91,11 @@ class ColorJitter(A.ImageOnlyTransform):
 
     Args:
         brightness, contrast, saturation: x of each factor, at least 0.
-        pivot: grey value in [0, 255] that contrast keeps in place; saturation then takes the mean of the channels for
-            grey, as the current generation of the reference. None does as PIL's enhancers: the pivot is the mean grey
-            of the image, and grey is the luma.
-        truncate: cut off the fraction of a level after each of the three, as the reference does, instead of rounding
-            after the last two: darker by a level and a half on average.
+        pivot: grey value in [0, 255] that contrast leaves unchanged; saturation then uses the mean of the channels as
+            grey, like the reference's current generation. None: as PIL's enhancers, the pivot is the mean grey of the
+            image, and grey is the luma.
+        truncate: truncate grey levels to integers after each of the three adjustments, as the reference does, instead
+            of rounding after the last two; the image gets darker by one and a half levels on average.
 
     Raises:
         ValueError: a value outside its range.

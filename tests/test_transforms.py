@@ -178,6 +178,7 @@ def test_jitter_uses_the_whole_range() -> None:
         (lambda: ScaleCrop([64, 64], mode="some"), r"mode: got some, accepted: uniform \| choice"),
         (lambda: ScaleCrop([64, 64], too_small="cut"), r"too_small: got cut, accepted: pad \| enlarge"),
         (lambda: ColorJitter(contrast=-1), "contrast: got -1, accepted: a number of at least 0"),
+        (lambda: ColorJitter(pivot="mid"), "pivot: got mid, accepted: null or a grey value"),  # type: ignore[arg-type]
         (lambda: ColorJitter(pivot=256), "pivot: got 256, accepted: null or a grey value"),
     ],
 )

@@ -108,7 +108,8 @@ class ColorJitter(A.ImageOnlyTransform):
         super().__init__(p=1)
         for name, value in {"brightness": brightness, "contrast": contrast, "saturation": saturation}.items():
             _require(_numbers([value], 0), name, value, "a number of at least 0")
-        _require(pivot is None or 0 <= pivot <= 255, "pivot", pivot, "null or a grey value in [0, 255]")
+        is_grey = pivot is None or (_numbers([pivot], 0) and pivot <= 255)
+        _require(is_grey, "pivot", pivot, "null or a grey value in [0, 255]")
         self.brightness, self.contrast, self.saturation, self.pivot = brightness, contrast, saturation, pivot
         self.truncate = truncate
 
